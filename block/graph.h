@@ -1,0 +1,101 @@
+// Graph: all nodes of the process, and every change of them. Main loop only.
+
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "block/driver.h"
+#include "block/node.h"
+#include "block/observer.h"
+#include "block/root.h"
+#include "runtime/runtime.h"
+#include "runtime/sync.h"
+
+namespace gantry::block {
+
+class JobManager;
+
+/// Which files an image may name (backing file, data file).
+struct ImageReferencePolicy {
+    bool allow_all = true;                       // what the operator's own command line and QMP imply (reference behaviour)
+    std::vector<std::string> allowed_directories;  // with !allow_all
+};
+
+class Graph {
+ public:
+    Graph(Runtime& runtime, std::span<const Driver> drivers, Observer* observer);
+    /// Every root is detached and close_all() has run.
+    ~Graph();
+
+    // ---- Nodes. Errors carry the texts of spec/qmp.md section 3.2; a failure changes nothing. ----
+
+    /// blockdev-add with validated options; the node is owned by the monitor.
+    Task<Result<Node*>> add(json::object options);
+    /// blockdev-del.
+    Task<Result<>> remove(std::string_view node_name);
+    /// blockdev-reopen: all or nothing.
+    Task<Result<>> reopen(std::vector<json::object> options);
+    /// block_resize: takes the resize permission for the moment of the change; drained.
+    Task<Result<>> resize(Node& node, int64_t new_size);
+    /// Null when absent.
+    Node* find(std::string_view node_name) const;
+    /// "Cannot find device='X' nor node-name='X'" etc. as the commands want it.
+    Result<Node*> lookup(std::string_view device, std::string_view node_name) const;
+    /// Newest first.
+    std::vector<Node*> nodes() const;
+    /// Probes the format of an open protocol node; the best-scoring driver, "raw" when nothing fits.
+    Task<Result<std::string>> probe(Node& protocol);
+
+    // ---- Users ----
+
+    /// Checks and commits permissions on the whole graph. Errors: kPermission with both holders' names, kReadOnly.
+    Task<Result<std::unique_ptr<Root>>> attach(Node& node, RootOptions options);
+    /// Waits for requests in flight, releases permissions and the node. The Root's channels must have no user any more.
+    Task<void> detach(std::unique_ptr<Root> root);
+    /// Changes what a root takes.
+    Task<Result<>> set_perms(Root& root, EdgePerms perms);
+
+    // ---- Changes (one at a time: under the graph lock) ----
+
+    /// Quiesces every root above the nodes (and jobs, and the nodes' own activity), top-down.
+    Task<void> drain(std::span<Node* const> nodes);
+    Task<void> undrain(std::span<Node* const> nodes);
+    /// All parents of `from` (roots included, except `keep`) point to `to` afterwards. Drained, permissions checked, all or nothing.
+    Task<Result<>> replace(Node& from, Node& to, const Node* keep = nullptr);
+    /// Puts `filter` (open, its "file" child is `node`) between `node` and every parent but the filter.
+    Task<Result<>> insert_above(Node& node, Node& filter);
+
+    AsyncMutex& mutex() { return mutex_; }
+    Runtime& runtime() const { return runtime_; }
+    Observer* observer() const { return observer_; }
+    JobManager& jobs() const { return *jobs_; }
+    ImageReferencePolicy& image_references() { return image_references_; }
+    const Driver* driver(std::string_view name) const;
+    /// "#blockNNN".
+    std::string make_node_name();
+
+    /// Closes every node (flushed, bitmaps stored). All roots are gone.
+    Task<void> close_all();
+
+ private:
+    friend class OpenContext;
+    friend class GraphTransaction;
+    Task<Result<std::shared_ptr<Node>>> open_node(json::object options, const NodeFlags& inherited, bool is_inline, int depth);
+
+    Runtime& runtime_;
+    std::span<const Driver> drivers_;
+    Observer* observer_;
+    AsyncMutex mutex_;
+    std::vector<std::shared_ptr<Node>> nodes_;   // monitor-owned
+    std::vector<Node*> all_;                      // every live node, oldest first
+    std::unique_ptr<JobManager> jobs_;
+    ImageReferencePolicy image_references_;
+    uint64_t next_name_ = 0;
+};
+
+}  // namespace gantry::block

@@ -1,0 +1,134 @@
+// Root and Channel: how an export or a job holds a node and sends requests into the graph.
+
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "block/node.h"
+#include "runtime/sync.h"
+
+namespace gantry::block {
+
+class Root;
+
+/// What happens to a request that failed (BlockdevOnError).
+enum class OnError : uint8_t { kReport, kIgnore, kEnospc, kStop };
+
+enum class OpKind : uint8_t { kRead, kWrite, kFlush, kUnmap, kCount };
+
+/// Plain counters, written by one loop only; readers on the main loop fetch them by message (Root::stats()).
+struct ChannelStats {
+    struct Op {
+        uint64_t operations = 0, bytes = 0, failed = 0, invalid = 0, total_time_ns = 0;
+        std::array<uint64_t, 64> latency_log2_ns{};
+    };
+    std::array<Op, static_cast<size_t>(OpKind::kCount)> ops;
+    void add(const ChannelStats& other);
+};
+
+/// The requests of one Root on one Loop. Its own loop only. Requests begun while quiesced wait here.
+/// Client-facing: bounds are checked here (kInvalid; for writes kNoSpace), statistics kept, the error policy applied.
+class Channel {
+ public:
+    Channel(Root& root, Loop& loop);
+    ~Channel();
+    Channel(const Channel&) = delete;
+
+    Loop& loop() const { return loop_; }
+    uint64_t size() const;
+    bool read_only() const;
+
+    Task<Result<>> read(uint64_t offset, IoVec iov);
+    Task<Result<>> write(uint64_t offset, IoVec iov, WriteFlags flags = WriteFlags::kNone);
+    Task<Result<>> write_zeroes(uint64_t offset, uint64_t length, WriteFlags flags);
+    Task<Result<>> discard(uint64_t offset, uint64_t length);
+    Task<Result<>> flush();
+    Task<Result<>> preload(uint64_t offset, uint64_t length);
+    Task<Result<BlockStatus>> block_status(uint64_t offset, uint64_t length);
+
+    /// Plain non-blocking attempts (see Node::try_read): 0, -EAGAIN (also while quiesced), or -errno. Counted in the statistics
+    /// unless -EAGAIN. try_write never answers with kFua or when the root is writethrough.
+    int try_read(uint64_t offset, const IoVec& iov);
+    int try_write(uint64_t offset, const IoVec& iov, WriteFlags flags);
+
+    /// While quiesced exporters stop taking requests from their clients: `while (ch.quiesced()) co_await ch.resumed();`
+    bool quiesced() const { return quiesced_ != 0; }
+    WaitQueue::Awaiter resumed() { return resumed_.wait(); }
+    uint64_t in_flight() const { return in_flight_; }
+    const ChannelStats& stats() const { return stats_; }
+
+ private:
+    friend class Root;
+    friend struct ChannelOp;
+    Root& root_;
+    Loop& loop_;
+    Node* node_ = nullptr;            // rewritten by the undrain message
+    uint64_t in_flight_ = 0;          // requests that a drain waits for (parked ones are not counted)
+    uint32_t quiesced_ = 0;
+    uint64_t next_epoch_ = 1;
+    WaitQueue resumed_;
+    WaitQueue idle_;                  // drain waits here for in_flight_ == 0
+    WaitQueue parked_;
+    ChannelStats stats_;
+};
+
+struct RootOptions {
+    EdgePerms perms;
+    std::string user;                  // "an export", for refusals: "NBD export 'a'", "job 'b'"
+    OnError on_read_error = OnError::kReport;
+    OnError on_write_error = OnError::kReport;
+    bool writethrough = false;         // every write carries kFua
+    std::function<void(uint64_t new_size)> on_resize;        // main loop, after undrain
+    std::function<void(Node& new_node)> on_node_changed;     // main loop, after undrain
+};
+
+/// A user of a node from outside the graph. Made by Graph::attach(); main loop only, except through its Channels.
+class Root {
+ public:
+    ~Root();
+    Root(const Root&) = delete;
+
+    Node& node() const { return *node_; }
+    const std::string& user() const { return options_.user; }
+    const RootOptions& options() const { return options_; }
+    Graph& graph() const { return graph_; }
+
+    /// The channel for `loop`, made on first use (waits for that loop). Valid until the Root is detached. Main loop.
+    Task<Channel*> channel(Loop& loop);
+    /// Sum over channels, fetched from their loops.
+    Task<ChannelStats> stats();
+    /// Lets requests parked by the error policy try again.
+    Task<void> resume_parked();
+    uint64_t parked() const { return parked_count_.load(std::memory_order_relaxed); }
+
+    /// Quiesces every channel and waits until nothing is in flight; nestable. Normally called by the graph.
+    Task<void> drain_begin();
+    Task<void> drain_end();
+
+    /// A plain descriptor for exporters that bypass us; while it is held, changes that would break it are refused naming the user.
+    Result<Node::Passthrough> lease_passthrough();
+    void release_passthrough();
+    bool passthrough_leased() const { return leased_; }
+
+ private:
+    friend class Graph;
+    friend class GraphTransaction;
+    friend class Channel;
+    friend struct ChannelOp;
+    Root(Graph& graph, std::shared_ptr<Node> node, RootOptions options);
+
+    Graph& graph_;
+    std::shared_ptr<Node> node_;
+    RootOptions options_;
+    std::map<Loop*, std::unique_ptr<Channel>> channels_;
+    std::atomic<uint64_t> parked_count_{0};
+    uint32_t drained_ = 0;
+    bool leased_ = false;
+};
+
+}  // namespace gantry::block
