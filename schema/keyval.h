@@ -1,0 +1,39 @@
+// Option values of the command line: JSON or key=value,...
+
+#pragma once
+
+#include <string_view>
+
+#include "runtime/error.h"
+#include "schema/types.h"
+#include "schema/validate.h"
+#include "schema/value.h"
+
+namespace gantry::schema {
+
+/// kDotted: keys are dotted paths, a word without '=' is an error. kFlat: the older syntax of --chardev, where keys are
+/// plain and a word alone means word=on, or with "no" before it word=off.
+enum class KeyvalStyle : uint8_t { kDotted, kFlat };
+
+struct OptionValue {
+    json::object object;  // scalars are strings when mode is kKeyval
+    InputMode mode = InputMode::kKeyval;
+    bool help = false;  // the word "help" (or "?") stood among the pairs
+};
+
+/// key=value text to an object of strings, objects and arrays. `implied_key` (may be empty) names the first word.
+/// ",," is a comma in a value; a later duplicate wins. Errors (kInvalid): `Expected '=' after parameter 'x'`,
+/// `Invalid parameter 'x'`, `Parameter 'a.1' missing`, ...
+Result<OptionValue> parse_keyval(std::string_view text, std::string_view implied_key,
+                                 KeyvalStyle style = KeyvalStyle::kDotted);
+
+/// The value of an option: JSON when it starts with '{', else parse_keyval.
+Result<OptionValue> parse_option_value(std::string_view text, std::string_view implied_key,
+                                       KeyvalStyle style = KeyvalStyle::kDotted);
+
+/// parse_option_value, then validate against `type`. "help" is an error here; ask parse_option_value first where it is
+/// not.
+Result<json::object> parse_option(const Type& type, std::string_view text, std::string_view implied_key,
+                                  KeyvalStyle style = KeyvalStyle::kDotted);
+
+}  // namespace gantry::schema
