@@ -1,0 +1,234 @@
+#include "bench/loadgen/options.h"
+
+#include <getopt.h>
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cmath>
+#include <cstring>
+#include <string_view>
+#include <utility>
+
+#include "bench/loadgen/wire.h"
+
+namespace gantry::bench {
+
+namespace {
+
+constexpr uint32_t kMaxDepth = 4096;
+constexpr uint32_t kMaxConnections = 1024;
+constexpr uint64_t kMaxVerifyBuffers = uint64_t{1} << 30;
+
+constexpr std::array<std::pair<std::string_view, Mode>, 6> kModes = {{
+    {"randread", Mode::kRandRead},
+    {"randwrite", Mode::kRandWrite},
+    {"randrw", Mode::kRandRw},
+    {"read", Mode::kRead},
+    {"write", Mode::kWrite},
+    {"connect", Mode::kConnect},
+}};
+
+Outcome<uint64_t> parse_size(std::string_view option, std::string_view text, uint64_t least, uint64_t most) {
+    uint64_t value = 0;
+    const auto [rest, error] = std::from_chars(text.begin(), text.end(), value);
+    std::string_view suffix(rest, static_cast<size_t>(text.end() - rest));
+    unsigned shift = 0;
+    if (suffix == "k" || suffix == "K") shift = 10;
+    if (suffix == "m" || suffix == "M") shift = 20;
+    if (suffix == "g" || suffix == "G") shift = 30;
+    const bool valid = error == std::errc{} && (suffix.empty() || shift != 0) && value <= (UINT64_MAX >> shift);
+    if (!valid || value << shift < least || value << shift > most) {
+        return failure("--" + std::string(option) + "=" + std::string(text) + ": expected a number from " +
+                       std::to_string(least) + " to " + std::to_string(most) + ", with k, M or G if you like");
+    }
+    return value << shift;
+}
+
+Outcome<int64_t> parse_time(std::string_view option, std::string_view text) {
+    double value = 0;
+    const auto [rest, error] = std::from_chars(text.begin(), text.end(), value);
+    const std::string_view suffix(rest, static_cast<size_t>(text.end() - rest));
+    const bool milliseconds = suffix == "ms";
+    const double seconds = milliseconds ? value / 1000 : value;
+    const bool valid = error == std::errc{} && (milliseconds || suffix.empty() || suffix == "s");
+    if (!valid || !std::isfinite(value) || seconds < 0.001 || seconds > 86400) {
+        return failure("--" + std::string(option) + "=" + std::string(text) +
+                       ": expected seconds (1.5) or milliseconds (200ms), at most a day");
+    }
+    return static_cast<int64_t>(seconds * 1e9);
+}
+
+Outcome<> parse_mode(std::string_view text, Options& options) {
+    const auto* found = std::ranges::find(kModes, text, &std::pair<std::string_view, Mode>::first);
+    if (found == kModes.end()) {
+        return failure("--rw=" + std::string(text) + ": expected randread, randwrite, randrw, read, write or connect");
+    }
+    options.mode = found->second;
+    options.mode_name = text;
+    return {};
+}
+
+void parse_tcp(const std::string& text, Options& options) {
+    const size_t colon = text.rfind(':');
+    const bool has_port = colon != std::string::npos && text.find(']', colon) == std::string::npos;
+    options.tcp_host = text.substr(0, has_port ? colon : std::string::npos);
+    if (has_port) options.tcp_port = text.substr(colon + 1);
+    if (options.tcp_host.starts_with('[') && options.tcp_host.ends_with(']')) {
+        options.tcp_host = options.tcp_host.substr(1, options.tcp_host.size() - 2);
+    }
+}
+
+template <typename T>
+Outcome<> assign(Outcome<uint64_t> parsed, T& to) {
+    if (!parsed) return std::unexpected(std::move(parsed.error()));
+    to = static_cast<T>(*parsed);
+    return {};
+}
+
+Outcome<> assign_time(Outcome<int64_t> parsed, int64_t& to) {
+    if (!parsed) return std::unexpected(std::move(parsed.error()));
+    to = *parsed;
+    return {};
+}
+
+constexpr option kLongOptions[] = {
+    {"unix", required_argument, nullptr, 'u'},
+    {"tcp", required_argument, nullptr, 't'},
+    {"export", required_argument, nullptr, 'e'},
+    {"rw", required_argument, nullptr, 'w'},
+    {"bs", required_argument, nullptr, 'b'},
+    {"qd", required_argument, nullptr, 'q'},
+    {"connections", required_argument, nullptr, 'c'},
+    {"threads", required_argument, nullptr, 'T'},
+    {"runtime", required_argument, nullptr, 'r'},
+    {"stall", required_argument, nullptr, 's'},
+    {"limit", required_argument, nullptr, 'l'},
+    {"offset", required_argument, nullptr, 'o'},
+    {"size", required_argument, nullptr, 'z'},
+    {"read-percent", required_argument, nullptr, 'p'},
+    {"seed", required_argument, nullptr, 'S'},
+    {"socket-buffer", required_argument, nullptr, 'B'},
+    {"structured", no_argument, nullptr, 'R'},
+    {"verify", no_argument, nullptr, 'v'},
+    {"fill", no_argument, nullptr, 'f'},
+    {"json", no_argument, nullptr, 'j'},
+    {"help", no_argument, nullptr, 'h'},
+    {nullptr, 0, nullptr, 0},
+};
+
+Outcome<> apply(int key, const char* text, Options& options) {
+    switch (key) {
+        case 'u':
+            options.unix_path = text;
+            return {};
+        case 't':
+            parse_tcp(text, options);
+            return {};
+        case 'e':
+            options.export_name = text;
+            return {};
+        case 'w':
+            return parse_mode(text, options);
+        case 'b':
+            return assign(parse_size("bs", text, 512, kMaxPayloadBytes), options.block_bytes);
+        case 'q':
+            return assign(parse_size("qd", text, 1, kMaxDepth), options.depth);
+        case 'c':
+            return assign(parse_size("connections", text, 1, kMaxConnections), options.connections);
+        case 'T':
+            return assign(parse_size("threads", text, 1, kMaxConnections), options.threads);
+        case 'r':
+            return assign_time(parse_time("runtime", text), options.runtime_ns);
+        case 's':
+            return assign_time(parse_time("stall", text), options.stall_ns);
+        case 'l':
+            return assign_time(parse_time("limit", text), options.limit_ns);
+        case 'o':
+            return assign(parse_size("offset", text, 0, INT64_MAX), options.region_offset);
+        case 'z':
+            return assign(parse_size("size", text, 512, INT64_MAX), options.region_bytes);
+        case 'p':
+            return assign(parse_size("read-percent", text, 0, 100), options.read_percent);
+        case 'S':
+            return assign(parse_size("seed", text, 0, UINT64_MAX), options.seed);
+        case 'B':
+            return assign(parse_size("socket-buffer", text, 4096, 1u << 30), options.socket_buffer_bytes);
+        case 'R':
+            options.structured = true;
+            return {};
+        case 'v':
+            options.verify = true;
+            return {};
+        case 'f':
+            options.fill = true;
+            return {};
+        case 'j':
+            options.json = true;
+            return {};
+        case 'h':
+            options.help = true;
+            return {};
+        default:
+            return failure("unknown option or missing value; --help lists what there is");
+    }
+}
+
+Outcome<> check(Options& options) {
+    if (options.unix_path.empty() == options.tcp_host.empty()) {
+        return failure("say where the server is: either --unix=PATH or --tcp=HOST[:PORT]");
+    }
+    if (options.block_bytes % 512 != 0) return failure("--bs must be a multiple of 512");
+    if (options.region_offset % options.block_bytes != 0) return failure("--offset must be a multiple of --bs");
+    if (options.export_name.size() > 4096) return failure("--export: a name has at most 4096 bytes");
+    if (options.threads == 0 || options.threads > options.connections) options.threads = options.connections;
+    const uint64_t buffers = uint64_t{options.connections} * options.depth * options.block_bytes;
+    if (options.verify && buffers > kMaxVerifyBuffers) {
+        return failure("--verify needs connections * qd * bs of memory, at most 1 GiB");
+    }
+    return {};
+}
+
+}  // namespace
+
+Outcome<Options> parse_options(int argc, char** argv) {
+    Options options;
+    opterr = 0;
+    int key;
+    while ((key = getopt_long(argc, argv, "h", kLongOptions, nullptr)) != -1) {
+        BENCH_CHECK(apply(key, optarg, options));
+    }
+    if (options.help) return options;
+    if (optind < argc) return failure(std::string("unexpected argument '") + argv[optind] + "'");
+    BENCH_CHECK(check(options));
+    return options;
+}
+
+const char* usage() {
+    return "usage: gantry-bench-load --unix=PATH | --tcp=HOST[:PORT] [options]\n"
+           "\n"
+           "Loads one NBD export and reports what the server gave.\n"
+           "\n"
+           "  --export=NAME       export to use (default: the empty name)\n"
+           "  --rw=MODE           randread (default), randwrite, randrw, read, write,\n"
+           "                      connect (negotiate and disconnect, over and over)\n"
+           "  --read-percent=N    share of reads of randrw (default 50)\n"
+           "  --bs=BYTES          size of a request (default 4k)\n"
+           "  --qd=N              requests outstanding on each connection (default 1)\n"
+           "  --connections=N     connections (default 1)\n"
+           "  --threads=N         threads that serve them (default: one each)\n"
+           "  --runtime=TIME      1.5 or 200ms (default 1 s)\n"
+           "  --offset=, --size=  use this part of the export only\n"
+           "  --structured        negotiate structured replies (default: simple replies)\n"
+           "  --fill              write the --verify pattern to the whole part first\n"
+           "  --verify            check every byte read; with --fill, read everything again at the end\n"
+           "  --stall=TIME        fail when the server is silent for so long (default 10 s)\n"
+           "  --limit=TIME        fail when --fill or the final check take longer (default 120 s)\n"
+           "  --socket-buffer=N   SO_SNDBUF and SO_RCVBUF (default: the kernel's)\n"
+           "  --seed=N            start of the random offsets (default 1)\n"
+           "  --json              print one line of JSON\n"
+           "\n"
+           "Exit status: 0 done, 1 the server failed or answered wrongly, 2 wrong usage.\n";
+}
+
+}  // namespace gantry::bench
