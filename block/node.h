@@ -10,8 +10,10 @@
 #include <string_view>
 #include <vector>
 
+#include "block/flush_state.h"
 #include "block/permissions.h"
 #include "block/request.h"
+#include "block/tracked_requests.h"
 #include "runtime/error.h"
 #include "runtime/iovec.h"
 #include "runtime/task.h"
@@ -23,7 +25,6 @@ class Graph;
 class Root;
 class Node;
 class DirtyBitmap;
-struct TrackedRequests;
 
 enum class DiscardMode : uint8_t { kIgnore, kUnmap };
 enum class DetectZeroes : uint8_t { kOff, kOn, kUnmap };
@@ -117,16 +118,18 @@ class Node : public std::enable_shared_from_this<Node> {
     Task<Result<BlockStatus>> block_status(Request& rq, uint64_t offset, uint64_t length);
 
     /// Non-blocking attempts, plain calls: 0 = done, -EAGAIN = use the coroutine, other -errno = failed.
-    /// try_read answers only when map and page cache can; try_write only when the driver may write inline now.
+    /// try_read answers only when map and page cache can; try_write only without flags and when the driver may write inline now.
     int try_read(Request& rq, uint64_t offset, const IoVec& iov) {
         return fast_read_.load(std::memory_order_relaxed) && offset <= size() && iov.bytes <= size() - offset
                    ? do_try_read(rq, offset, iov)
                    : -11 /* EAGAIN */;
     }
     int try_write(Request& rq, uint64_t offset, const IoVec& iov, WriteFlags flags) {
-        return fast_write_.load(std::memory_order_relaxed) && offset <= size() && iov.bytes <= size() - offset
-                   ? do_try_write(rq, offset, iov, flags)
-                   : -11;
+        if (!fast_write_.load(std::memory_order_relaxed) || offset > size() || iov.bytes > size() - offset) return -11;
+        if ((flags & ~WriteFlags::kUnchanged) != WriteFlags::kNone) return -11;
+        int r = do_try_write(rq, offset, iov, flags);
+        if (r == 0) note_highest(offset + iov.bytes);
+        return r;
     }
 
     // ---- Driver part: called by the request layer with aligned, in-bounds, split requests ----
@@ -193,13 +196,16 @@ class Node : public std::enable_shared_from_this<Node> {
     const json::object& options() const { return options_; }   // as opened or last reopened, validated
     const std::vector<std::shared_ptr<DirtyBitmap>>& bitmaps() const { return bitmaps_; }
     uint64_t wr_highest_offset() const { return wr_highest_.load(std::memory_order_relaxed); }
+    /// From now on writes are tracked, so that kSerialising requests can exclude others. Main loop, drained (or before the first
+    /// request); whoever will send kSerialising requests calls it first. Nodes with request_alignment > 1 need no call.
+    void track_requests();
 
  protected:
     void set_size(uint64_t bytes) { size_.store(bytes, std::memory_order_release); }
     /// Raises size() to at least `bytes` (a growing write); any loop.
     void grow_size(uint64_t bytes);
     void set_read_only(bool ro);
-    /// Whether try_read/try_write may skip the request layer; recomputed by the graph when bitmaps, detect-zeroes, tracking change.
+    /// Whether try_read/try_write may skip the request layer, as far as the driver is concerned. Main loop.
     void allow_fast_paths(bool read, bool write);
     Limits limits_;
 
@@ -211,7 +217,15 @@ class Node : public std::enable_shared_from_this<Node> {
     friend struct RequestLayer;
     friend struct Permissions;
 
+    /// Combines what the driver allows with limits, bitmaps, detect-zeroes, tracking and read-only; whoever changes one of those
+    /// calls it (main loop, drained).
     void update_fast_paths();
+    /// wr_highest_offset() is at least `end` afterwards; any loop.
+    void note_highest(uint64_t end) {
+        uint64_t seen = wr_highest_.load(std::memory_order_relaxed);
+        while (seen < end && !wr_highest_.compare_exchange_weak(seen, end, std::memory_order_relaxed)) {
+        }
+    }
 
     std::string driver_;
     std::string name_;
@@ -227,8 +241,9 @@ class Node : public std::enable_shared_from_this<Node> {
     std::vector<Child*> parents_;
     std::vector<Root*> roots_;
     std::vector<std::shared_ptr<DirtyBitmap>> bitmaps_;
-    std::unique_ptr<TrackedRequests> tracked_;  // exists when read-modify-write or serialising requests can happen
-    std::unique_ptr<struct FlushState> flush_state_;
+    bool track_ = false;        // track_requests() was called
+    TrackedRequests tracked_;   // used when read-modify-write or serialising requests can happen
+    FlushState flush_state_;
 };
 
 /// Forwards every verb to its only child "file" (or the name given); a filter overrides what differs.

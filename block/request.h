@@ -57,6 +57,7 @@ struct Limits {
     bool can_grow_by_write = false;   // a write beyond size() extends the node (protocol nodes below formats)
     bool supports_fua = false;        // write with kFua is passed to the driver; else the request layer adds a flush
     bool supports_zeroes = false;     // do_write_zeroes exists; else (or on kUnsupported) zeroes are written
+    bool partial_zeroes = false;      // do_write_zeroes also takes ranges not aligned to zeroes_alignment, whole requests (formats)
 };
 
 /// Answer of block_status for [offset, offset + length).
