@@ -12,29 +12,31 @@
 
 namespace gantry {
 
-/// Work for a pool thread; intrusive. `run` is called on the pool; then `done` is posted to `loop`.
+/// Work for a pool thread; intrusive. `run` is called on the pool; it posts its result where it wants it (Loop::post).
 struct PoolItem {
     void (*run)(PoolItem*) = nullptr;
     PoolItem* next = nullptr;
 };
 
-/// Threads are started on demand up to `max_threads` and end after idling. Any thread may submit. The destructor runs what is queued, then joins.
+/// Threads are started on demand up to `max_threads` and end after idling. Any thread may submit. The destructor runs
+/// what is queued, then joins.
 class BlockingPool {
- public:
+  public:
     explicit BlockingPool(unsigned max_threads = 16);
     ~BlockingPool();
     void submit(PoolItem& item);
 
- private:
+  private:
     struct Impl;
     std::unique_ptr<Impl> impl_;
 };
 
-/// `auto r = co_await run_blocking([&] { return ::stat(path, &st); });`: runs `fn` on the pool of the current loop and returns its
-/// value on this loop. Captures by reference are fine: the awaiting frame outlives the call. The function must not touch coroutines.
+/// `auto r = co_await run_blocking([&] { return ::stat(path, &st); });`: runs `fn` on the pool of the current loop and
+/// returns its value on this loop. Captures by reference are fine: the awaiting frame outlives the call. The function
+/// must not touch coroutines.
 template <class Fn>
 class [[nodiscard]] BlockingCall : PoolItem, PostItem {
- public:
+  public:
     using T = std::invoke_result_t<Fn>;
     explicit BlockingCall(Fn fn) : fn_(std::move(fn)) {}
     bool await_ready() const noexcept { return false; }
@@ -57,7 +59,7 @@ class [[nodiscard]] BlockingCall : PoolItem, PostItem {
         if constexpr (!std::is_void_v<T>) return std::move(*value_);
     }
 
- private:
+  private:
     Fn fn_;
     std::coroutine_handle<> handle_;
     Loop* loop_ = nullptr;

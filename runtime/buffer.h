@@ -13,10 +13,11 @@
 
 namespace gantry {
 
-/// Owned memory, aligned to 4096, fit for O_DIRECT. From a per-thread cache of power-of-two size classes (4 KiB to 32 MiB;
-/// the cache is bounded in bytes; memory freed by another thread is simply returned there). Contents are undefined.
+/// Owned memory, aligned to 4096, fit for O_DIRECT. From a per-thread cache of power-of-two size classes (4 KiB to 32
+/// MiB; the cache is bounded in bytes; memory freed by another thread is simply returned there). Contents are
+/// undefined.
 class Buffer {
- public:
+  public:
     Buffer() = default;
     /// Never fails for sizes our own limits bound (aborts on exhaustion). `size` may be 0.
     static Buffer alloc(size_t size);
@@ -24,7 +25,9 @@ class Buffer {
     static Result<Buffer> try_alloc(size_t size);
 
     Buffer(Buffer&& o) noexcept
-        : data_(std::exchange(o.data_, nullptr)), size_(std::exchange(o.size_, 0)), class_(std::exchange(o.class_, 0)) {}
+        : data_(std::exchange(o.data_, nullptr)),
+          size_(std::exchange(o.size_, 0)),
+          class_(std::exchange(o.class_, 0)) {}
     Buffer& operator=(Buffer&& o) noexcept {
         if (this != &o) {
             reset();
@@ -45,7 +48,7 @@ class Buffer {
     iovec iov() { return {data_, size_}; }
     void reset();
 
- private:
+  private:
     uint8_t* data_ = nullptr;
     size_t size_ = 0;
     uint32_t class_ = 0;

@@ -14,21 +14,21 @@ namespace gantry {
 
 /// What a caller may branch on. The text is for the operator.
 enum class ErrorKind : uint8_t {
-    kInvalid,       // an argument or option makes no sense
-    kNotFound,      // named thing does not exist
-    kExists,        // name is taken
-    kBusy,          // in use, try again when it is free
-    kPermission,    // permission conflict, lock held, access denied
-    kReadOnly,      // a write to something read-only
-    kNoSpace,       // ENOSPC, EDQUOT, EFBIG
-    kIo,            // the medium or the remote side failed
-    kCorrupt,       // the image contradicts itself
-    kUnsupported,   // cannot be done here
-    kTooLarge,      // over a limit
-    kNoMemory,      // an allocation asked for by input was refused
-    kCancelled,     // given up on request
-    kTimedOut,      // a deadline passed
-    kShutdown,      // going away
+    kInvalid,      // an argument or option makes no sense
+    kNotFound,     // named thing does not exist
+    kExists,       // name is taken
+    kBusy,         // in use, try again when it is free
+    kPermission,   // permission conflict, lock held, access denied
+    kReadOnly,     // a write to something read-only
+    kNoSpace,      // ENOSPC, EDQUOT, EFBIG
+    kIo,           // the medium or the remote side failed
+    kCorrupt,      // the image contradicts itself
+    kUnsupported,  // cannot be done here
+    kTooLarge,     // over a limit
+    kNoMemory,     // an allocation asked for by input was refused
+    kCancelled,    // given up on request
+    kTimedOut,     // a deadline passed
+    kShutdown,     // going away
 };
 
 /// The classes of the QMP protocol (spec/qmp.md section 3).
@@ -36,7 +36,7 @@ enum class QmpClass : uint8_t { kGenericError, kCommandNotFound, kDeviceNotFound
 
 /// A failure: kind, errno (0 if none fits), QMP class and a sentence. One pointer wide; success costs nothing.
 class [[nodiscard]] Error {
- public:
+  public:
     Error(ErrorKind kind, std::string message, int errno_value = 0)
         : rep_(new Rep{kind, QmpClass::kGenericError, errno_value, std::move(message)}) {}
     Error(Error&&) noexcept = default;
@@ -63,7 +63,7 @@ class [[nodiscard]] Error {
     QmpClass qmp_class() const { return rep_->qmp_class; }
     const std::string& message() const { return rep_->message; }
 
- private:
+  private:
     struct Rep {
         ErrorKind kind;
         QmpClass qmp_class;
@@ -97,12 +97,14 @@ std::string errno_text(int e);
 #define GANTRY_CONCAT(a, b) GANTRY_CONCAT_(a, b)
 
 /// Plain functions: `TRY(auto x, f());` binds the value or returns the error; `CHECK_OK(f());` for Result<void>.
-#define TRY_IMPL_(ret, tmp, decl, expr)                                  \
-    auto tmp = (expr);                                                   \
-    if (!tmp) [[unlikely]] ret std::unexpected(std::move(tmp).error()); \
+#define TRY_IMPL_(ret, tmp, decl, expr)              \
+    auto tmp = (expr);                               \
+    if (!tmp) [[unlikely]]                           \
+        ret std::unexpected(std::move(tmp).error()); \
     decl = std::move(*tmp)
-#define CHECK_OK_IMPL_(ret, tmp, expr) \
-    if (auto tmp = (expr); !tmp) [[unlikely]] ret std::unexpected(std::move(tmp).error())
+#define CHECK_OK_IMPL_(ret, tmp, expr)        \
+    if (auto tmp = (expr); !tmp) [[unlikely]] \
+    ret std::unexpected(std::move(tmp).error())
 
 #define TRY(decl, expr) TRY_IMPL_(return, GANTRY_CONCAT(try_, __LINE__), decl, expr)
 #define CHECK_OK(expr) CHECK_OK_IMPL_(return, GANTRY_CONCAT(ok_, __LINE__), expr)

@@ -9,7 +9,7 @@ namespace gantry {
 
 /// Awaiter of one operation. Own loop (Loop::current()) only.
 class [[nodiscard]] IoAwait {
- public:
+  public:
     IoAwait() = default;
     bool await_ready() {
         loop_ = &Loop::current();
@@ -23,7 +23,7 @@ class [[nodiscard]] IoAwait {
     /// For Loop::cancel; valid while suspended.
     IoOp& op() { return op_; }
 
- protected:
+  protected:
     IoOp op_;
     Loop* loop_ = nullptr;
 };
@@ -36,18 +36,18 @@ IoAwait io_fdatasync(int fd);
 IoAwait io_fallocate(int fd, int mode, uint64_t offset, uint64_t length);
 /// Sockets (non-blocking descriptors). recv: 0 = end of stream.
 IoAwait io_recv(int fd, void* data, size_t size, int flags = 0);
-IoAwait io_send(int fd, const void* data, size_t size, int flags = 0);  // MSG_NOSIGNAL is added
-IoAwait io_sendmsg(int fd, msghdr* msg, int flags = 0);                  // MSG_NOSIGNAL is added
-IoAwait io_recvmsg(int fd, msghdr* msg, int flags = 0);                  // MSG_CMSG_CLOEXEC is added
+IoAwait io_send(int fd, const void* data, size_t size, int flags = 0);              // MSG_NOSIGNAL is added
+IoAwait io_sendmsg(int fd, msghdr* msg, int flags = 0);                             // MSG_NOSIGNAL is added
+IoAwait io_recvmsg(int fd, msghdr* msg, int flags = 0);                             // MSG_CMSG_CLOEXEC is added
 IoAwait io_accept(int fd, sockaddr* addr = nullptr, socklen_t* addrlen = nullptr);  // SOCK_CLOEXEC | SOCK_NONBLOCK
 IoAwait io_connect(int fd, const sockaddr* addr, socklen_t len);
 /// Waits for POLLIN/POLLOUT/...; the result is the events that hold.
 IoAwait io_poll(int fd, uint32_t events);
 
-/// An operation that another coroutine of the same loop may cancel: `CancellableIo io(io_accept(fd)); int r = co_await io;`
-/// with `io.cancel()` elsewhere. After completion cancel() does nothing.
+/// An operation that another coroutine of the same loop may cancel: `CancellableIo io(io_accept(fd)); int r = co_await
+/// io;` with `io.cancel()` elsewhere. After completion cancel() does nothing.
 class CancellableIo : public IoAwait {
- public:
+  public:
     explicit CancellableIo(IoAwait start) : IoAwait(start) {}
     bool await_suspend(std::coroutine_handle<> h) {
         pending_ = true;
@@ -61,7 +61,7 @@ class CancellableIo : public IoAwait {
         if (pending_) loop_->cancel(op_);
     }
 
- private:
+  private:
     bool pending_ = false;
 };
 

@@ -26,12 +26,12 @@ struct IoVec {
 
 /// Owns the iovec array (not the memory) of a part of another list.
 class IoVecSlice {
- public:
+  public:
     /// The bytes [offset, offset + length) of `whole`; the range must lie inside it.
     IoVecSlice(const IoVec& whole, size_t offset, size_t length);
     IoVec view() const { return IoVec(heap_.empty() ? inline_ : heap_.data(), count_, bytes_); }
 
- private:
+  private:
     static constexpr uint32_t kInline = 4;
     iovec inline_[kInline];
     std::vector<iovec> heap_;

@@ -1,4 +1,5 @@
-// Logging: error = an operator must act; warn = degraded but working; info = life-cycle events; debug = per negotiation.
+// Logging: error = an operator must act; warn = degraded but working; info = life-cycle events; debug = per
+// negotiation.
 
 #pragma once
 

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -28,6 +29,7 @@ enum class IoBackendKind : uint8_t { kAuto, kIoUring, kEpoll };
 
 /// One I/O operation; lives in the awaiting coroutine's frame. `result` >= 0 or -errno.
 struct IoOp {
+    // clang-format off
     enum class Kind : uint8_t { kRead, kWrite, kFsync, kFdatasync, kFallocate, kRecv, kSend, kSendmsg, kRecvmsg, kAccept, kConnect, kPoll };
     Kind kind;
     int fd = -1;
@@ -39,6 +41,7 @@ struct IoOp {
         struct { sockaddr* addr; socklen_t* addrlen; int flags; socklen_t len; } sock;      // kAccept, kConnect
         struct { uint32_t events; } poll;                                                   // kPoll (POLLIN ...)
     };
+    // clang-format on
     int32_t result = 0;
     std::coroutine_handle<> waiter;
     // Back end bookkeeping.
@@ -51,28 +54,33 @@ struct IoOp {
 
 /// The one interface of the two back ends. Own loop only, except wake().
 class IoBackend {
- public:
+  public:
     virtual ~IoBackend() = default;
     virtual std::string_view name() const = 0;
-    /// Starts `op`. True: it completed at once (result is set, the waiter is not resumed by the back end). False: the waiter is
-    /// put on the loop's ready list when it completes.
+    /// Starts `op`. True: it completed at once (result is set, the waiter is not resumed by the back end). False: the
+    /// waiter is put on the loop's ready list when it completes.
     virtual bool submit(IoOp& op) = 0;
     /// Asks for a socket or poll operation to end early with -ECANCELED; it still completes through the normal path.
     virtual void cancel(IoOp& op) = 0;
-    /// Submits what is queued, waits until something completes, wake() was called or `deadline` passed (time_point::max():
-    /// none; time_point::min(): do not wait), and reaps everything.
+    /// Submits what is queued, waits until something completes, wake() was called or `deadline` passed
+    /// (time_point::max(): none; time_point::min(): do not wait), and reaps everything.
     virtual void wait(Clock::time_point deadline) = 0;
     /// Any thread: makes a wait() in progress, or the next one, return.
     virtual void wake() = 0;
     /// The descriptor is about to be closed: forget registrations of it. No operation on it is in flight.
     virtual void forget_fd(int fd) = 0;
+    /// The calling thread begins or stops to run the loop.
+    virtual void attach() {}
+    virtual void detach() {}
+    /// Operations that were started and have not completed.
+    virtual size_t in_flight() const = 0;
 };
 
 struct LoopOptions {
     std::string name = "loop";
     IoBackendKind backend = IoBackendKind::kAuto;
-    BlockingPool* pool = nullptr;                  // required
-    std::chrono::nanoseconds poll_max{0};          // adaptive busy polling before sleeping; 0 = off
+    BlockingPool* pool = nullptr;          // required
+    std::chrono::nanoseconds poll_max{0};  // adaptive busy polling before sleeping; 0 = off
 };
 
 /// A timer or an operation of another loop to be run here. Intrusive; see Loop::post.
@@ -81,11 +89,12 @@ struct PostItem {
     PostItem* next = nullptr;
 };
 
-/// A turn: reap completions, run posted items, expired timers and the ready list until empty (bounded), then submit and wait.
-/// Unless said otherwise functions are for the loop's own thread only.
+/// A turn: reap completions, run posted items, expired timers and the ready list until empty (bounded), then submit and
+/// wait. Unless said otherwise functions are for the loop's own thread only.
 class Loop {
- public:
-    /// kUnsupported when the asked back end is not available here (the text says why). kAuto tries io_uring, then epoll.
+  public:
+    /// kUnsupported when the asked back end is not available here (the text says why). kAuto tries io_uring, then
+    /// epoll.
     static Result<std::unique_ptr<Loop>> create(LoopOptions options);
     ~Loop();
     Loop(const Loop&) = delete;
@@ -95,7 +104,8 @@ class Loop {
     static Loop& current();
     static Loop* current_or_null();
 
-    /// Runs turns on the calling thread until stop(). May be called again after it returned.
+    /// Runs turns on the calling thread until stop(). May be called again after it returned, on the same thread: the
+    /// first thread that runs a loop (here or by run_until_complete) is its thread for good.
     void run();
     /// Runs turns until `task` is done (tests, start-up). The calling thread must not be inside another loop.
     template <class T>
@@ -106,8 +116,8 @@ class Loop {
 
     /// Resumes `h` later in this or the next turn (never inline).
     void ready(std::coroutine_handle<> h);
-    /// Any thread: runs the item, or resumes the handle, on this loop. Items posted by one thread run in order. One wake-up
-    /// system call at most, and only when the loop sleeps.
+    /// Any thread: runs the item, or resumes the handle, on this loop, never inline. What another thread posts runs in
+    /// its order. One wake-up system call at most, and only when the loop sleeps.
     void post(PostItem& item);
     void post(std::coroutine_handle<> h);
     void post(std::function<void()> fn);
@@ -123,7 +133,9 @@ class Loop {
     BlockingPool& pool() const { return *options_.pool; }
     /// Any thread. Upper bound of adaptive busy polling; 0 = off.
     void set_poll_max(std::chrono::nanoseconds ns) { poll_max_ns_.store(ns.count(), std::memory_order_relaxed); }
-    std::chrono::nanoseconds poll_max() const { return std::chrono::nanoseconds(poll_max_ns_.load(std::memory_order_relaxed)); }
+    std::chrono::nanoseconds poll_max() const {
+        return std::chrono::nanoseconds(poll_max_ns_.load(std::memory_order_relaxed));
+    }
     /// Kernel thread id once run() was entered, else 0. Any thread.
     int thread_id() const { return tid_.load(std::memory_order_relaxed); }
     /// Time at the start of this turn (cheap).
@@ -134,9 +146,11 @@ class Loop {
     struct Impl;
     Impl& impl() { return *impl_; }
 
- private:
+  private:
     Loop();
-    void turn(Clock::time_point limit);
+    void turn(const bool* done);
+    void idle();
+    void sleep(Clock::time_point deadline);
     void run_while(const bool& done);
 
     LoopOptions options_;

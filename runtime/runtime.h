@@ -15,19 +15,20 @@ namespace gantry {
 
 struct RuntimeOptions {
     IoBackendKind backend = IoBackendKind::kAuto;
-    unsigned io_loops = 1;          // threads besides the main one; 0: the main loop serves I/O too
+    unsigned io_loops = 1;  // threads besides the main one; 0: the main loop serves I/O too
     unsigned pool_threads = 16;
 };
 
 /// Created on the main thread, which then runs main_loop().run(). Loops may be added at run time (iothread objects).
 class Runtime {
- public:
+  public:
     static Result<std::unique_ptr<Runtime>> create(RuntimeOptions options);
     /// Stops and joins the I/O loops. Nothing may be in flight on them.
     ~Runtime();
 
     Loop& main_loop() { return *main_; }
-    /// The shared I/O loops that exports without an iothread are dealt over (the main loop itself when io_loops is 0). Main loop only.
+    /// The shared I/O loops that exports without an iothread are dealt over (the main loop itself when io_loops is 0).
+    /// Main loop only.
     std::span<Loop* const> io_loops() const { return shared_; }
     /// A further loop with a thread of its own; stays until remove_loop(). Main loop only.
     Result<Loop*> add_loop(std::string name, std::chrono::nanoseconds poll_max);
@@ -39,7 +40,7 @@ class Runtime {
     /// One line for the log: which back end was taken and why.
     const std::string& backend_reason() const { return backend_reason_; }
 
- private:
+  private:
     struct Threaded {
         std::unique_ptr<Loop> loop;
         std::thread thread;

@@ -13,11 +13,10 @@
 namespace gantry {
 
 namespace detail {
-/// A suspended coroutine in a queue; lives in its frame.
-struct Waiter {
+/// A suspended coroutine in a queue; lives in its frame. PostItem's link serves the queue first, the post afterwards.
+struct Waiter : PostItem {
     std::coroutine_handle<> handle;
     Loop* loop = nullptr;
-    Waiter* next = nullptr;
 };
 /// FIFO of waiters; the owner's lock guards it.
 struct WaiterQueue {
@@ -25,6 +24,7 @@ struct WaiterQueue {
     Waiter* tail = nullptr;
     void push(Waiter& w);
     Waiter* pop();
+    Waiter* front() const { return head; }
     bool empty() const { return head == nullptr; }
 };
 /// Posts the waiter to its loop (ready list when that is the current one). The Waiter may be gone when this returns.
@@ -33,9 +33,9 @@ void wake(Waiter& w);
 
 /// FIFO mutex held across co_await. Any loop. `auto guard = co_await mutex.lock();`
 class AsyncMutex {
- public:
+  public:
     class [[nodiscard]] Guard {
-     public:
+      public:
         Guard() = default;
         Guard(Guard&& o) noexcept : mutex_(std::exchange(o.mutex_, nullptr)) {}
         Guard& operator=(Guard&& o) noexcept {
@@ -51,7 +51,7 @@ class AsyncMutex {
         }
         explicit operator bool() const { return mutex_ != nullptr; }
 
-     private:
+      private:
         friend class AsyncMutex;
         explicit Guard(AsyncMutex* mutex) : mutex_(mutex) {}
         AsyncMutex* mutex_ = nullptr;
@@ -59,7 +59,7 @@ class AsyncMutex {
 
     AsyncMutex() = default;
     AsyncMutex(const AsyncMutex&) = delete;
-    ~AsyncMutex() { CHECK(!locked_, "an AsyncMutex is destroyed while held"); }
+    ~AsyncMutex() { GANTRY_CHECK(!locked_, "an AsyncMutex is destroyed while held"); }
 
     struct Awaiter {
         AsyncMutex& mutex;
@@ -72,7 +72,7 @@ class AsyncMutex {
     /// An empty guard when somebody holds it.
     Guard try_lock() { return try_acquire() ? Guard(this) : Guard(); }
 
- private:
+  private:
     bool try_acquire();
     void unlock();
     std::mutex m_;
@@ -82,7 +82,7 @@ class AsyncMutex {
 
 /// Manual-reset event. Any loop. `co_await event.wait();` returns at once while set.
 class AsyncEvent {
- public:
+  public:
     void set();
     void reset();
     bool is_set() const;
@@ -96,7 +96,7 @@ class AsyncEvent {
     };
     Awaiter wait() { return Awaiter{*this, {}}; }
 
- private:
+  private:
     mutable std::mutex m_;
     bool set_ = false;
     detail::WaiterQueue queue_;
@@ -105,7 +105,7 @@ class AsyncEvent {
 /// A queue of sleepers without state: wait() always suspends until a later notify. Any loop; the usual pattern is
 /// `while (!condition) co_await queue.wait();` with the condition only changed on the same loop.
 class WaitQueue {
- public:
+  public:
     struct Awaiter {
         WaitQueue& queue;
         detail::Waiter waiter;
@@ -118,14 +118,14 @@ class WaitQueue {
     void notify_all();
     bool empty() const;
 
- private:
+  private:
     mutable std::mutex m_;
     detail::WaiterQueue queue_;
 };
 
 /// Counting semaphore, FIFO. Any loop. acquire(n) waits until n units are free; n <= the initial count.
 class AsyncSemaphore {
- public:
+  public:
     explicit AsyncSemaphore(uint64_t units) : free_(units) {}
     struct Awaiter {
         AsyncSemaphore& semaphore;
@@ -140,7 +140,7 @@ class AsyncSemaphore {
     Awaiter acquire(uint64_t units = 1) { return Awaiter{*this, units, {}}; }
     void release(uint64_t units = 1);
 
- private:
+  private:
     std::mutex m_;
     uint64_t free_;
     detail::WaiterQueue queue_;

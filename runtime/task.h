@@ -62,7 +62,7 @@ struct TaskPromise<void> : TaskPromiseBase {
 /// destroying a suspended one is only legal when nothing will resume it.
 template <class T = void>
 class [[nodiscard]] Task {
- public:
+  public:
     using promise_type = detail::TaskPromise<T>;
     using Handle = std::coroutine_handle<promise_type>;
 
@@ -88,11 +88,11 @@ class [[nodiscard]] Task {
             }
             T await_resume() const { return handle.promise().take(); }
         };
-        CHECK(handle_, "a task is awaited once");
+        GANTRY_CHECK(handle_, "a task is awaited once");
         return Awaiter{handle_};
     }
 
- private:
+  private:
     friend promise_type;
     explicit Task(Handle handle) : handle_(handle) {}
     Handle handle_;

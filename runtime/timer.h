@@ -9,14 +9,14 @@
 
 namespace gantry {
 
-/// A sleep that can be cut short: `Timer t; bool expired = co_await t.until(deadline);`, `t.cancel()` from another coroutine of
-/// the same loop makes it return false. Reusable; must be idle when destroyed.
+/// A sleep that can be cut short: `Timer t; bool expired = co_await t.until(deadline);`, `t.cancel()` from another
+/// coroutine of the same loop makes it return false. Reusable; must be idle when destroyed.
 class Timer {
- public:
+  public:
     Timer() = default;
     Timer(const Timer&) = delete;
     Timer& operator=(const Timer&) = delete;
-    ~Timer() { CHECK(!waiter_, "a timer is destroyed while somebody sleeps on it"); }
+    ~Timer() { GANTRY_CHECK(!waiter_, "a timer is destroyed while somebody sleeps on it"); }
 
     struct Awaiter {
         Timer& timer;
@@ -33,13 +33,14 @@ class Timer {
     void cancel();
     bool armed() const { return static_cast<bool>(waiter_); }
 
- private:
+  private:
     friend class Loop;
     friend struct TimerQueue;
     Loop* loop_ = nullptr;
     Clock::time_point deadline_{};
     std::coroutine_handle<> waiter_;
     size_t heap_index_ = 0;
+    uint64_t sequence_ = 0;  // equal deadlines expire in the order of their arming
     bool expired_ = false;
 };
 

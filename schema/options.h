@@ -24,20 +24,20 @@ class Options {
     std::string str(std::string_view key, std::string_view fallback = {}) const {
         const json::value* v = find(key);
         if (!v) return std::string(fallback);
-        CHECK(v->is_string(), "the schema says string");
+        GANTRY_CHECK(v->is_string(), "the schema says string");
         return std::string(v->get_string());
     }
     bool flag(std::string_view key, bool fallback = false) const {
         const json::value* v = find(key);
         if (!v) return fallback;
-        CHECK(v->is_bool(), "the schema says bool");
+        GANTRY_CHECK(v->is_bool(), "the schema says bool");
         return v->get_bool();
     }
     int64_t integer(std::string_view key, int64_t fallback = 0) const {
         const json::value* v = find(key);
         if (!v) return fallback;
         if (v->is_uint64()) return static_cast<int64_t>(v->get_uint64());
-        CHECK(v->is_int64(), "the schema says integer");
+        GANTRY_CHECK(v->is_int64(), "the schema says integer");
         return v->get_int64();
     }
     uint64_t size(std::string_view key, uint64_t fallback = 0) const {
@@ -46,7 +46,7 @@ class Options {
     /// The member must be present.
     const json::object& object(std::string_view key) const {
         const json::value* v = find(key);
-        CHECK(v && v->is_object(), "the schema says object");
+        GANTRY_CHECK(v && v->is_object(), "the schema says object");
         return v->get_object();
     }
 
