@@ -1,0 +1,57 @@
+"""The load: our generator and fio's NBD engine. Both return the same numbers."""
+
+import json
+import os
+import subprocess
+
+from .servers import EXPORT
+
+
+class ClientError(RuntimeError):
+    pass
+
+
+def find_generator(build):
+    """gantry-bench-load of `build`, else of any optimised build beside it."""
+    folders = [build, os.path.join(os.path.dirname(build), "release")]
+    for folder in folders:
+        program = os.path.join(folder, "gantry-bench-load")
+        if os.path.exists(program):
+            return program
+    return None
+
+
+def run(command, seconds, pin):
+    command = (["taskset", "-c", str(pin)] if pin is not None else []) + command
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60)
+    if done.returncode:
+        raise ClientError((done.stderr or done.stdout).strip()[-300:])
+    return done.stdout
+
+
+def load(generator, server, workload, seconds, pin=None):
+    command = [generator, "--json", "--unix=" + server.socket, "--export=" + EXPORT, "--runtime=%dms" % (seconds * 1000)]
+    if workload.kind == "connect":
+        command.append("--rw=connect")
+    else:
+        command += ["--rw=" + workload.rw, "--bs=" + workload.block, "--qd=%d" % workload.depth,
+                    "--connections=%d" % workload.connections]
+    out = json.loads(run(command, seconds, pin))
+    return {"ios": out["ios"], "iops": out["iops"], "mbps": out["mbps"], "lat_us": out["lat_mean_us"],
+            "p99_us": out["lat_p99_us"]}
+
+
+def fio(server, workload, seconds, pin=None):
+    # Options of the engine (--uri) must follow --ioengine; a runtime below a second must be given in ms.
+    command = ["fio", "--name=w", "--time_based", "--runtime=%dms" % (seconds * 1000), "--group_reporting",
+               "--output-format=json", "--norandommap", "--randrepeat=0", "--ioengine=nbd", "--uri=" + server.uri(),
+               "--rw=" + workload.rw, "--bs=" + workload.block, "--iodepth=%d" % workload.depth,
+               "--numjobs=%d" % workload.connections]
+    out = run(command, seconds, pin)
+    job = json.loads(out[out.index("{"):])["jobs"][0]
+    if job.get("error"):
+        raise ClientError("fio ended with error %d" % job["error"])
+    half = job["write" if workload.writes else "read"]
+    latency = half["clat_ns"]
+    return {"ios": half["total_ios"], "iops": half["iops"], "mbps": half["bw_bytes"] / 1e6,
+            "lat_us": latency["mean"] / 1e3, "p99_us": latency.get("percentile", {}).get("99.000000", 0) / 1e3}

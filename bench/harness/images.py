@@ -1,0 +1,112 @@
+"""The images that are served, and the state of their page cache."""
+
+import os
+import random
+import subprocess
+import sys
+
+PAGE = 4096
+
+
+def work_directory():
+    """Where images, sockets and results live: BENCH_DIR, or a folder of the user's cache. Must be on a real disk."""
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "gantry-bench")
+    directory = os.environ.get("BENCH_DIR") or default
+    os.makedirs(directory, exist_ok=True)
+    if file_system(directory) in ("tmpfs", "ramfs"):
+        sys.exit("%s is in memory: set BENCH_DIR to a directory on a real disk" % directory)
+    return directory
+
+
+def file_system(directory):
+    done = subprocess.run(["df", "--output=fstype", directory], capture_output=True, text=True, check=True)
+    return done.stdout.split()[-1]
+
+
+class Images:
+    """Makes each image once, and remembers which folios its page cache holds."""
+
+    def __init__(self, directory, mebibytes):
+        self.directory, self.mebibytes = directory, mebibytes
+        self.folios = {}
+
+    def path(self, kind):
+        return os.path.join(self.directory, "%s.%d.img" % (kind, self.mebibytes)) if kind != "null" else ""
+
+    def make(self, kind):
+        if kind == "null" or os.path.exists(self.path(kind)):
+            return
+        # A file appears under its name when it is complete.
+        unfinished = self.path(kind) + ".unfinished"
+        if kind == "raw":
+            with open(unfinished, "wb") as file:
+                for _ in range(self.mebibytes):
+                    file.write(os.urandom(1 << 20))
+        else:
+            self.make("raw")
+            subprocess.run(["qemu-img", "convert", "-O", "qcow2", self.path("raw"), unfinished], check=True)
+        flush(unfinished)
+        os.rename(unfinished, self.path(kind))
+
+    def prepare(self, kind, folios):
+        """Once before a workload. `folios`: "large" fills the page cache by reading in order (ext4 then keeps large
+        folios, in which a 4 KiB overwrite is slow), "small" by 4 KiB writes all over the file, None (O_DIRECT) empties it."""
+        self.make(kind)
+        if kind == "null" or (folios and self.folios.get(kind) == folios):
+            return
+        drop(self.path(kind))
+        if folios == "small":
+            write_in_pages(self.path(kind))
+        elif folios == "large":
+            read_in_order(self.path(kind))
+        self.folios[kind] = folios
+
+    def warm(self, kind, folios):
+        """Before each run: the kernel may have reclaimed pages that nobody maps. What is there stays as it is."""
+        if kind == "null":
+            return
+        flush(self.path(kind))  # or the writeback of the run before disturbs this one
+        if folios == "small":
+            read_in_pages(self.path(kind))
+        elif folios == "large":
+            read_in_order(self.path(kind))
+
+
+def flush(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def drop(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
+def read_in_order(path):
+    with open(path, "rb", buffering=0) as file:
+        buffer = bytearray(4 << 20)
+        while file.readinto(buffer):
+            pass
+
+
+def read_in_pages(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead, which would bring large folios
+    buffers = [bytearray(PAGE)]
+    for offset in range(0, os.fstat(fd).st_size, PAGE):
+        os.preadv(fd, buffers, offset)
+    os.close(fd)
+
+
+def write_in_pages(path):
+    fd = os.open(path, os.O_RDWR)
+    data = os.urandom(PAGE)
+    offsets = list(range(0, os.fstat(fd).st_size, PAGE))
+    random.Random(1).shuffle(offsets)
+    for offset in offsets:
+        os.pwrite(fd, data, offset)
+    os.fsync(fd)
+    os.close(fd)
