@@ -1,6 +1,7 @@
 #include "bench/loadgen/connect.h"
 
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <ctime>
 #include <memory>
