@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <list>
 #include <memory>
 #include <span>
 #include <string>
@@ -17,6 +18,8 @@ class Graph;
 /// What a driver's open function gets. Main loop; the graph lock is held. When open fails, everything it opened is closed again.
 class OpenContext {
  public:
+    OpenContext(const OpenContext&) = delete;
+    ~OpenContext();
     Graph& graph() const { return *graph_; }
     /// Validated driver options (without children's effects).
     schema::Options options() const { return schema::Options(*options_); }
@@ -38,12 +41,22 @@ class OpenContext {
 
  private:
     friend class Graph;
+    friend class Reopen;
+    OpenContext(Graph& graph, const json::object& options, std::string node_name, NodeFlags flags, int depth);
+    const json::value* option(std::string_view name) const;
+    Task<Result<Node*>> adopt(std::string_view name, ChildRole role, std::shared_ptr<Node> node, bool is_inline);
+    void hand_over(Node& node);
+
     Graph* graph_ = nullptr;
     const json::object* options_ = nullptr;
     std::string node_name_;
     NodeFlags flags_;
     int depth_ = 0;
-    std::vector<std::unique_ptr<Child>> children_;   // handed to the node when open succeeds
+    struct Pending {
+        std::unique_ptr<Child> child;
+        std::list<PermissionUser>::iterator user;   // holds the edge's permissions until the node exists
+    };
+    std::vector<Pending> children_;   // handed to the node when open succeeds
 };
 
 /// One row of the table.

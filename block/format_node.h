@@ -82,6 +82,7 @@ class FormatNode : public Node {
     int do_try_read(Request& rq, uint64_t offset, const IoVec& iov) override;
     /// Answers when the whole range is one kData extent that needs no copy and no transform.
     int do_try_write(Request& rq, uint64_t offset, const IoVec& iov, WriteFlags flags) override;
+    void children_changed() override { cache_children(); }
 
  protected:
     /// Null when there is none. Re-pointed while drained.

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -152,6 +153,12 @@ class Node : public std::enable_shared_from_this<Node> {
     /// Stops / restarts the node's own activity (write-back, timers, prefetch); requests are already drained.
     virtual Task<void> quiesce() { co_return; }
     virtual void unquiesce() {}
+    /// A drain that covers this node begins / has ended. Requests that wait inside the node (for a budget, for a lost server) are
+    /// let go meanwhile, so that the drain is bounded. drain_started() comes before requests are waited for and before quiesce().
+    virtual void drain_started() {}
+    virtual void drain_ended() {}
+    /// A child was re-pointed, attached or detached, or its size changed (drained): sizes, limits and cached pointers are taken again.
+    virtual void children_changed() {}
     /// Flushes and releases resources; no request will follow. Errors are logged.
     virtual Task<void> close() { co_return; }
 
@@ -193,6 +200,10 @@ class Node : public std::enable_shared_from_this<Node> {
     const std::vector<Child*>& parents() const { return parents_; }
     const std::vector<Root*>& roots() const { return roots_; }
     bool monitor_owned() const { return monitor_owned_; }
+    /// No longer part of the graph: closed, or about to be.
+    bool closed() const { return closed_; }
+    /// Union of what all parents take / intersection of what they share, as committed.
+    EdgePerms cumulative_perms() const { return perms_; }
     const json::object& options() const { return options_; }   // as opened or last reopened, validated
     const std::vector<std::shared_ptr<DirtyBitmap>>& bitmaps() const { return bitmaps_; }
     uint64_t wr_highest_offset() const { return wr_highest_.load(std::memory_order_relaxed); }
@@ -215,7 +226,8 @@ class Node : public std::enable_shared_from_this<Node> {
     friend class OpenContext;
     friend class Root;
     friend struct RequestLayer;
-    friend struct Permissions;
+    friend class PermissionPass;
+    friend class Reopen;
 
     /// Combines what the driver allows with limits, bitmaps, detect-zeroes, tracking and read-only; whoever changes one of those
     /// calls it (main loop, drained).
@@ -236,7 +248,14 @@ class Node : public std::enable_shared_from_this<Node> {
     std::atomic<bool> fast_read_{false}, fast_write_{false};
     bool fast_read_allowed_ = false, fast_write_allowed_ = false;
     bool monitor_owned_ = false;
+    bool closed_ = false;
+    bool perms_known_ = false;       // prepare_perms() has run once
+    uint32_t quiesce_count_ = 0;
+    uint32_t pins_ = 0;              // held by an operation in progress: stays open without users
+    EdgePerms perms_;
+    NodeFlags inherited_;            // what a definition without flags of its own would have got
     json::object options_;
+    std::span<const std::string_view> reopen_options_;   // of its Driver
     std::vector<std::unique_ptr<Child>> children_;
     std::vector<Child*> parents_;
     std::vector<Root*> roots_;

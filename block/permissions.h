@@ -4,6 +4,11 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
+#include <vector>
+
+#include "runtime/error.h"
+#include "runtime/task.h"
 
 namespace gantry::block {
 
@@ -32,5 +37,62 @@ struct EdgePerms {
 
 /// "consistent read, write" in the reference's words.
 std::string perm_names(Perm set);
+
+class Graph;
+class Node;
+class Root;
+struct Child;
+enum class ChildRole : uint8_t;
+
+/// What an edge of `role` takes and shares by default, when its parent can write or not and is itself used as in `from_parents`.
+EdgePerms default_child_perms(ChildRole role, bool read_only, EdgePerms from_parents);
+
+/// Somebody who takes permissions and is neither an edge nor a root: a node that is being opened, block_resize.
+struct PermissionUser {
+    Node* node = nullptr;
+    EdgePerms perms;
+    std::string who;   // "node 'x'", "an unnamed block device"
+    std::string as;    // "file", "root"
+};
+
+/// One computation of every permission on the graph as it is now. Main loop only; one at a time.
+/// compute(), then prepare(), then exactly one of commit() and abort().
+class PermissionPass {
+ public:
+    explicit PermissionPass(Graph& graph) : graph_(graph) {}
+
+    /// Top-down over all nodes; refuses conflicts (kPermission, with both users) and writers of read-only nodes (kReadOnly).
+    Result<> compute();
+    /// Nodes whose cumulative permissions differ from what was committed, parents before children.
+    std::vector<Node*> changed() const;
+    /// Leaves this node as it is (a later pass will find it again).
+    void skip(const Node& node);
+    /// Node::prepare_perms on every changed node; the first failure aborts those prepared before it.
+    Task<Result<>> prepare();
+    void commit();
+    void abort();
+
+ private:
+    struct Use {
+        EdgePerms perms;
+        const Child* edge = nullptr;   // one of the three
+        const Root* root = nullptr;
+        const PermissionUser* other = nullptr;
+    };
+    struct Entry {
+        Node* node;
+        std::vector<Use> users;
+        EdgePerms total;
+        bool differs = false;
+        bool prepared = false;
+    };
+    void sort();
+    Result<> check(Entry& entry) const;
+    Entry& entry_of(const Node* node);
+
+    Graph& graph_;
+    std::vector<Entry> entries_;   // topological order
+    std::vector<std::pair<Child*, EdgePerms>> edges_;
+};
 
 }  // namespace gantry::block

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -43,8 +44,9 @@ class Channel {
     uint64_t size() const;
     bool read_only() const;
 
-    Task<Result<>> read(uint64_t offset, IoVec iov);
-    Task<Result<>> write(uint64_t offset, IoVec iov, WriteFlags flags = WriteFlags::kNone);
+    /// `inline_tried`: try_read() / try_write() of the same range has just said -EAGAIN.
+    Task<Result<>> read(uint64_t offset, IoVec iov, bool inline_tried = false);
+    Task<Result<>> write(uint64_t offset, IoVec iov, WriteFlags flags = WriteFlags::kNone, bool inline_tried = false);
     Task<Result<>> write_zeroes(uint64_t offset, uint64_t length, WriteFlags flags);
     Task<Result<>> discard(uint64_t offset, uint64_t length);
     Task<Result<>> flush();
@@ -70,7 +72,14 @@ class Channel {
     Node* node_ = nullptr;            // rewritten by the undrain message
     uint64_t in_flight_ = 0;          // requests that a drain waits for (parked ones are not counted)
     uint32_t quiesced_ = 0;
+    Perm granted_ = Perm::kNone;      // what the root takes; rewritten like node_
+    OnError on_read_error_;
+    OnError on_write_error_;
+    bool writethrough_;
+    uint32_t inline_count_ = 0;
+    uint64_t inline_ns_ = 0;          // duration of the last inline request that was measured
     uint64_t next_epoch_ = 1;
+    std::atomic<bool> event_pending_{false};
     WaitQueue resumed_;
     WaitQueue idle_;                  // drain waits here for in_flight_ == 0
     WaitQueue parked_;
@@ -80,6 +89,7 @@ class Channel {
 struct RootOptions {
     EdgePerms perms;
     std::string user;                  // "an export", for refusals: "NBD export 'a'", "job 'b'"
+    std::string busy_text;             // "block device is in use by block job: backup": blockdev-del's refusal; empty: "Node X is in use"
     OnError on_read_error = OnError::kReport;
     OnError on_write_error = OnError::kReport;
     bool writethrough = false;         // every write carries kFua
@@ -98,12 +108,14 @@ class Root {
     const RootOptions& options() const { return options_; }
     Graph& graph() const { return graph_; }
 
-    /// The channel for `loop`, made on first use (waits for that loop). Valid until the Root is detached. Main loop.
+    /// The channel for `loop`, made on first use. Valid until the Root is detached. Main loop.
     Task<Channel*> channel(Loop& loop);
     /// Sum over channels, fetched from their loops.
     Task<ChannelStats> stats();
     /// Lets requests parked by the error policy try again.
     Task<void> resume_parked();
+    /// Lets parked requests fail with their error, and later ones too (the policy becomes report): before a user goes away.
+    Task<void> fail_parked();
     uint64_t parked() const { return parked_count_.load(std::memory_order_relaxed); }
 
     /// Quiesces every channel and waits until nothing is in flight; nestable. Normally called by the graph.
@@ -118,9 +130,12 @@ class Root {
  private:
     friend class Graph;
     friend class GraphTransaction;
+    friend class PermissionPass;
     friend class Channel;
     friend struct ChannelOp;
     Root(Graph& graph, std::shared_ptr<Node> node, RootOptions options);
+    static Task<void> quiesce_channel(Channel* channel);
+    static Task<void> resume_channel(Channel* channel, Node* node, Perm granted);
 
     Graph& graph_;
     std::shared_ptr<Node> node_;

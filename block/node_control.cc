@@ -1,0 +1,90 @@
+// The parts of Node that are not I/O: life, children, names, defaults of the life-cycle virtuals.
+
+#include <algorithm>
+#include <array>
+
+#include "block/graph.h"
+#include "block/node.h"
+#include "schema/json_dialect.h"
+
+namespace gantry::block {
+
+Node::Node(std::string_view driver, std::string name, NodeFlags flags)
+    : driver_(driver), name_(std::move(name)), flags_(flags), read_only_(flags.read_only) {}
+
+Node::~Node() { CHECK(parents_.empty() && roots_.empty(), "a node is destroyed without users"); }
+
+Child* Node::child(std::string_view name) const {
+    auto it = std::ranges::find_if(children_, [&](const auto& c) { return c->name == name; });
+    return it == children_.end() ? nullptr : it->get();
+}
+
+EdgePerms Node::child_perms(const Child& child, EdgePerms from_parents) const {
+    return default_child_perms(child.role, read_only(), from_parents);
+}
+
+namespace {
+
+/// Options of every node: they say how it is used, not what it is.
+constexpr std::array<std::string_view, 9> kGenericOptions = {
+    "node-name", "discard", "cache", "read-only", "auto-read-only", "force-share", "detect-zeroes", "id", "active"};
+
+bool is_generic(std::string_view key) { return std::ranges::find(kGenericOptions, key) != kGenericOptions.end(); }
+
+}  // namespace
+
+Task<Result<>> Node::prepare_reopen(const json::object& options, const NodeFlags& flags) {
+    std::span<const std::string_view> changeable = reopen_options_;
+    auto may_change = [&](std::string_view key) {
+        return is_generic(key) || child(key) != nullptr || key == "backing" || key == "file" ||
+               std::ranges::find(changeable, key) != changeable.end();
+    };
+    for (const auto& [key, value] : options) {
+        const json::value* old = options_.if_contains(key);
+        if (may_change(key) || (old && *old == value)) continue;
+        co_return fail(ErrorKind::kInvalid, "Cannot change the option '{}'", std::string_view(key));
+    }
+    for (const auto& [key, value] : options_) {
+        if (may_change(key) || options.contains(key)) continue;
+        co_return fail(ErrorKind::kInvalid, "Cannot change the option '{}'", std::string_view(key));
+    }
+    co_return Result<>();
+}
+
+std::string Node::filename() const {
+    static constexpr size_t kMaxBytes = 1023;
+    const Child* below = child("file");
+    const bool plain_options = std::ranges::all_of(options_, [](const auto& member) {
+        return is_generic(member.key()) || member.key() == "driver" || member.key() == "file";
+    });
+    if (below && plain_options) {
+        std::string name = below->node->filename();
+        if (!name.starts_with("json:")) return name;
+    }
+    json::object essence;
+    for (const auto& [key, value] : options_) {
+        if (!is_generic(key) && !child(key)) essence[key] = value;
+    }
+    for (const auto& c : children_) {
+        json::object inner;
+        for (const auto& [key, value] : c->node->options_) {
+            if (!is_generic(key)) inner[key] = value;
+        }
+        essence[c->name] = std::move(inner);
+    }
+    std::string text = "json:" + schema::to_json(essence);
+    if (text.size() > kMaxBytes) text.replace(kMaxBytes - 3, std::string::npos, "...");
+    return text;
+}
+
+Task<Result<ImageInfo>> Node::image_info() {
+    ImageInfo info;
+    info.virtual_size = size();
+    if (const Child* below = child("file")) {
+        Result<ImageInfo> inner = co_await below->node->image_info();
+        if (inner) info.actual_size = inner->actual_size;
+    }
+    co_return info;
+}
+
+}  // namespace gantry::block
