@@ -1,0 +1,38 @@
+// object-add, object-del, query-iothreads.
+
+#include "qmp/command.h"
+#include "qmp/objects.h"
+
+namespace gantry::qmp {
+
+namespace {
+
+Task<Result<json::value>> object_add(Services& services, json::object arguments) {
+    co_return done(services.objects.add(arguments));
+}
+
+Task<Result<json::value>> object_del(Services& services, json::object arguments) {
+    co_return done(services.objects.remove(schema::Options(arguments).str("id")));
+}
+
+Task<Result<json::value>> query_iothreads(Services& services, json::object) {
+    json::array list;
+    for (const auto& [id, thread] : services.objects.iothreads()) {
+        list.push_back({{"id", id},
+                        {"thread-id", thread.loop->thread_id()},
+                        {"poll-max-ns", thread.poll_max_ns},
+                        {"poll-grow", thread.poll_grow},
+                        {"poll-shrink", thread.poll_shrink},
+                        {"aio-max-batch", thread.aio_max_batch}});
+    }
+    co_return json::value(std::move(list));
+}
+
+constexpr HandlerRow kHandlers[] = {
+    {"object-add", object_add}, {"object-del", object_del}, {"query-iothreads", query_iothreads}};
+
+}  // namespace
+
+std::span<const HandlerRow> object_handlers() { return kHandlers; }
+
+}  // namespace gantry::qmp

@@ -1,0 +1,57 @@
+// Monitors and the character devices they sit on.
+
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "qmp/services.h"
+#include "runtime/io.h"
+#include "runtime/task_scope.h"
+#include "runtime/unique_fd.h"
+
+namespace gantry::qmp {
+
+class Session;
+
+/// Every chardev and monitor of the process. A server socket serves any number of clients at once, each with its own
+/// session. Main loop only.
+class Monitors {
+  public:
+    Monitors();
+    ~Monitors();
+    /// Before the first use of the others.
+    void set_services(Services* services) { services_ = services; }
+
+    /// --chardev, validated ChardevOptions. A server socket listens when it returns; with wait=on it has its first
+    /// client.
+    Task<Result<>> add_chardev(json::object options);
+    /// --monitor, validated MonitorOptions.
+    Result<> add_monitor(const json::object& options);
+    /// A control socket without options: `listener` is bound and listening; `path` is unlinked at the end unless empty.
+    void add_listener(UniqueFd listener, std::string path);
+
+    /// Queues an event on every session that has finished negotiation.
+    void broadcast(const json::object& event);
+    size_t sessions() const { return sessions_.size(); }
+    /// Closes listeners (unlinking the sockets it made), lets sessions write what is queued, ends them.
+    Task<void> stop();
+
+  private:
+    struct Chardev;
+    Task<Result<>> open_socket(Chardev& chardev, const json::object& options);
+    void start_monitor(Chardev& chardev, bool pretty);
+    Task<void> accept_loop(Chardev* chardev, int listener, bool pretty);
+    Task<void> serve(UniqueFd in, UniqueFd out, bool pretty);
+
+    Services* services_ = nullptr;
+    std::map<std::string, std::unique_ptr<Chardev>, std::less<>> chardevs_;
+    std::vector<Session*> sessions_;
+    TaskScope scope_;
+    bool stopping_ = false;
+};
+
+}  // namespace gantry::qmp

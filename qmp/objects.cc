@@ -1,0 +1,78 @@
+#include "qmp/objects.h"
+
+#include "schema/options.h"
+
+namespace gantry::qmp {
+
+namespace {
+
+bool is_identifier(std::string_view id) {
+    auto letter = [](char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); };
+    if (id.empty() || !letter(id.front())) return false;
+    for (char c : id) {
+        if (!letter(c) && !(c >= '0' && c <= '9') && c != '-' && c != '.' && c != '_') return false;
+    }
+    return true;
+}
+
+Result<int64_t> non_negative(const schema::Options& options, std::string_view key, int64_t fallback) {
+    int64_t value = options.integer(key, fallback);
+    if (value < 0) return fail(ErrorKind::kInvalid, "{} value must be in range [0, 9223372036854775807]", key);
+    return value;
+}
+
+}  // namespace
+
+Result<> Objects::add(const json::object& raw) {
+    schema::Options options(raw);
+    std::string id = options.str("id");
+    if (!is_identifier(id)) {
+        return fail(ErrorKind::kInvalid,
+                    "Parameter 'id' expects an identifier; '{}' is not letters, digits, '-', '.', '_' after a letter",
+                    id);
+    }
+    if (iothreads_.contains(id)) {
+        return fail(ErrorKind::kExists, "attempt to add duplicate property '{}' to object (type 'container')", id);
+    }
+    CHECK(options.str("qom-type") == "iothread", "the schema lists the object types that exist");
+    IoThread thread;
+    TRY(thread.poll_max_ns, non_negative(options, "poll-max-ns", thread.poll_max_ns));
+    TRY(thread.poll_grow, non_negative(options, "poll-grow", 0));
+    TRY(thread.poll_shrink, non_negative(options, "poll-shrink", 0));
+    TRY(thread.aio_max_batch, non_negative(options, "aio-max-batch", 0));
+    TRY(int64_t pool_min, non_negative(options, "thread-pool-min", 0));
+    TRY(int64_t pool_max, non_negative(options, "thread-pool-max", 64));
+    if (pool_min > pool_max) {
+        return fail(ErrorKind::kInvalid, "bad thread-pool-min/thread-pool-max values: {} is larger than {}", pool_min,
+                    pool_max);
+    }
+    TRY(thread.loop, runtime_.add_loop(id, std::chrono::nanoseconds(thread.poll_max_ns)));
+    if (auto added = exports_.add_iothread(id, thread.loop); !added) {
+        runtime_.remove_loop(thread.loop);
+        return added;
+    }
+    iothreads_.emplace(std::move(id), thread);
+    return {};
+}
+
+Result<> Objects::remove(std::string_view id) {
+    auto it = iothreads_.find(id);
+    if (it == iothreads_.end()) return fail(ErrorKind::kNotFound, "object '{}' not found", id);
+    if (auto removed = exports_.remove_iothread(id); !removed) {
+        return fail(ErrorKind::kBusy, "object '{}' is in use, can not be deleted; {}", id, removed.error().message());
+    }
+    runtime_.remove_loop(it->second.loop);
+    iothreads_.erase(it);
+    return {};
+}
+
+void Objects::clear() {
+    while (!iothreads_.empty()) {
+        auto it = iothreads_.begin();
+        (void)exports_.remove_iothread(it->first);
+        runtime_.remove_loop(it->second.loop);
+        iothreads_.erase(it);
+    }
+}
+
+}  // namespace gantry::qmp

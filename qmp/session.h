@@ -1,0 +1,69 @@
+// Session: one QMP client (spec/qmp.md section 1).
+
+#pragma once
+
+#include <deque>
+#include <string>
+#include <string_view>
+
+#include "qmp/services.h"
+#include "runtime/io.h"
+#include "runtime/sync.h"
+#include "runtime/task_scope.h"
+#include "runtime/unique_fd.h"
+#include "schema/json_dialect.h"
+
+namespace gantry::qmp {
+
+/// Reads requests, runs them one at a time in order, writes replies and events. Main loop only.
+class Session {
+  public:
+    /// `in` and `out` may be the same descriptor; non-blocking. `owns`: closes them at the end.
+    Session(Services& services, int in, int out, bool pretty);
+    ~Session();
+
+    /// Serves the client until it leaves or close() is called.
+    Task<void> run();
+    /// Queues an event line when the client has left negotiation.
+    void send_event(const json::object& event);
+    /// Ends run() soon; what is queued for the client is still written if it takes it at once.
+    void close();
+
+  private:
+    struct Request {
+        std::string name;
+        json::object arguments;
+        json::value id;
+        bool has_id = false;
+    };
+
+    Task<void> read_input();
+    Task<void> execute_requests();
+    Task<void> write_output();
+    void handle_message(Result<json::value> message);
+    /// Fills `request`; an error is for the client. `oob` is set for exec-oob.
+    Result<> parse_request(const json::object& message, Request& request, bool& oob) const;
+    Task<void> execute_one(Request request);
+    Result<json::value> negotiate(const json::object& arguments);
+    void reply(const Request& request, Result<json::value> result);
+    void reply_error(const Request& request, const Error& error);
+    void queue_line(const json::object& line);
+
+    Services& services_;
+    int in_;
+    int out_;
+    bool pretty_;
+    bool negotiated_ = false;
+    bool oob_ = false;
+    bool closing_ = false;
+    bool input_done_ = false;
+    CancellableIo* input_wait_ = nullptr;  // while read_input() sleeps
+    schema::JsonReader reader_;
+    std::deque<Request> requests_;
+    WaitQueue requests_changed_;
+    std::string output_;
+    WaitQueue output_changed_;
+    TaskScope scope_;
+};
+
+}  // namespace gantry::qmp
