@@ -1,0 +1,13 @@
+// The subcommands of the gantry tool. Each gets the words after its name and returns the exit status.
+
+#pragma once
+
+#include <span>
+
+namespace gantry::cli {
+
+int serve_command(std::span<const char* const> arguments);
+int status_command(std::span<const char* const> arguments);
+int qmp_command(std::span<const char* const> arguments);
+
+}  // namespace gantry::cli

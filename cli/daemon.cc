@@ -1,0 +1,206 @@
+#include "cli/daemon.h"
+
+#include <fcntl.h>
+#include <sched.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <charconv>
+#include <filesystem>
+
+#include "block/jobs/job.h"
+#include "cli/qmp_client.h"
+#include "cli/registry.h"
+#include "qmp/command.h"
+#include "qmp/nbd_options.h"
+#include "runtime/io.h"
+#include "runtime/log.h"
+#include "runtime/signal.h"
+#include "runtime/socket.h"
+#include "schema/keyval.h"
+#include "schema/schema.h"
+
+namespace gantry::cli {
+
+unsigned default_io_loops() {
+    cpu_set_t cpus;
+    int count = ::sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : 1;
+    return static_cast<unsigned>(std::clamp(count, 1, 4));
+}
+
+Result<std::unique_ptr<Daemon>> Daemon::create(DaemonSettings settings) {
+    qmp::check_handlers();
+    check_registry();
+    block_signals();
+    TRY(auto runtime, Runtime::create(settings.runtime));
+    log::info("I/O back end: {}", runtime->backend_reason());
+    std::unique_ptr<Daemon> daemon(new Daemon(std::move(settings), std::move(runtime)));
+    auto signals = SignalWaiter::create();
+    if (!signals) {
+        daemon->shut_down();
+        return std::unexpected(std::move(signals).error());
+    }
+    daemon->signals_ = std::make_unique<SignalWaiter>(std::move(*signals));
+    nbd::set_process_server(&daemon->nbd_server_);
+    return daemon;
+}
+
+Daemon::Daemon(DaemonSettings settings, std::unique_ptr<Runtime> runtime)
+    : runtime_(std::move(runtime)),
+      notifier_(std::move(settings.notifier)),
+      sockets_(std::move(settings.sockets)),
+      events_(monitors_),
+      graph_(*runtime_, drivers(), &events_),
+      exports_(*runtime_, graph_, export_types(), [this](std::string_view id) { events_.export_deleted(id); }),
+      nbd_server_(*runtime_),
+      objects_(*runtime_, exports_),
+      services_{*runtime_,
+                graph_,
+                exports_,
+                nbd_server_,
+                objects_,
+                monitors_,
+                [this] { request_quit(); },
+                [this](std::string_view name) { return resolve_fd(name); }},
+      watchdog_(*runtime_, notifier_) {
+    monitors_.set_services(&services_);
+}
+
+Daemon::~Daemon() {
+    CHECK(ended_, "the daemon is shut down before it is destroyed");
+    nbd::set_process_server(nullptr);
+}
+
+Result<> Daemon::apply(const OptionUse& option) { return runtime_->main_loop().run_until_complete(apply_task(option)); }
+
+Result<json::value> Daemon::execute(std::string command, json::object arguments) {
+    return runtime_->main_loop().run_until_complete(qmp::execute(services_, std::move(command), std::move(arguments)));
+}
+
+Task<Result<>> Daemon::apply_task(OptionUse option) {
+    using schema::parse_option;
+    if (option.name == "object") {
+        CO_TRY(json::object object, parse_option(schema::type("ObjectOptions"), option.value, "qom-type"));
+        co_return objects_.add(object);
+    }
+    if (option.name == "blockdev") {
+        CO_TRY(json::object object, parse_option(schema::type("BlockdevOptions"), option.value, "driver"));
+        if (!object.contains("node-name")) {
+            co_return fail(ErrorKind::kInvalid, "'node-name' must be specified for the root node");
+        }
+        Result<block::Node*> node = co_await graph_.add(std::move(object));
+        if (!node) co_return std::unexpected(std::move(node).error());
+        co_return Result<>();
+    }
+    if (option.name == "chardev") {
+        CO_TRY(json::object object,
+               parse_option(schema::type("ChardevOptions"), option.value, "backend", schema::KeyvalStyle::kFlat));
+        co_return co_await monitors_.add_chardev(std::move(object));
+    }
+    if (option.name == "monitor") {
+        CO_TRY(json::object object, parse_option(schema::type("MonitorOptions"), option.value, "chardev"));
+        co_return monitors_.add_monitor(object);
+    }
+    if (option.name == "nbd-server") {
+        CO_TRY(json::object object, parse_option(schema::type("NbdServerOptions"), option.value, ""));
+        co_return co_await nbd_server_.start(qmp::nbd_server_options(services_, object));
+    }
+    if (option.name == "export") {
+        CO_TRY(json::object object, parse_option(schema::type("BlockExportOptions"), option.value, "type"));
+        co_return co_await exports_.add(std::move(object));
+    }
+    CHECK(option.name == "control-socket", "every option is handled");
+    co_return co_await add_control_socket(std::move(option.value));
+}
+
+Task<Result<>> Daemon::add_control_socket(std::string path) {
+    if (path == "auto") {
+        if (sockets_.has("qmp")) {
+            CO_TRY(UniqueFd listener, sockets_.duplicate("qmp"));
+            monitors_.add_listener(std::move(listener), {});
+            co_return Result<>();
+        }
+        std::string directory = control_directory();
+        std::error_code error;
+        std::filesystem::create_directories(directory, error);
+        struct stat st{};
+        if (::stat(directory.c_str(), &st) != 0)
+            co_return fail_errno(errno, "Control socket directory '{}'", directory);
+        if (st.st_uid != ::geteuid()) {
+            co_return fail(ErrorKind::kPermission,
+                           "Control socket directory '{}' belongs to uid {}, not to us; set XDG_RUNTIME_DIR", directory,
+                           st.st_uid);
+        }
+        path = fmt::format("{}/{}.qmp", directory, ::getpid());
+    }
+    CO_TRY(UniqueFd listener, listen_unix(path, 0600));
+    monitors_.add_listener(std::move(listener), path);
+    co_return Result<>();
+}
+
+Result<UniqueFd> Daemon::resolve_fd(std::string_view name) {
+    int number = -1;
+    auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), number);
+    bool numeric = error == std::errc() && end == name.data() + name.size();
+    if (!numeric) return sockets_.duplicate(name);
+    UniqueFd copy(::fcntl(number, F_DUPFD_CLOEXEC, 3));
+    if (!copy) return fail_errno(errno, "File descriptor '{}'", name);
+    CHECK_OK(check_listening_socket(copy.get()));
+    return copy;
+}
+
+void Daemon::request_quit() { quit_.set(); }
+
+void Daemon::run() { runtime_->main_loop().run_until_complete(main_task()); }
+
+void Daemon::shut_down() {
+    if (!ended_) runtime_->main_loop().run_until_complete(end_task());
+}
+
+Task<void> Daemon::main_task() {
+    scope_.spawn(wait_for_signals());
+    watchdog_.start();
+    if (notifier_.active()) scope_.spawn(report_status());
+    co_await quit_.wait();
+    signals_->cancel();
+    notifier_.stopping();
+    co_await watchdog_.stop();
+    co_await end_task();
+}
+
+Task<void> Daemon::wait_for_signals() {
+    int number = co_await signals_->next();
+    if (number == 0) co_return;
+    log::info("signal {}: ending", number);
+    quit_.set();
+}
+
+// STATUS= follows the exports, at most once a second.
+Task<void> Daemon::report_status() {
+    std::string last;
+    while (!quit_.is_set()) {
+        std::string text = fmt::format("{} exports, {} NBD clients, {} monitors", exports_.size(),
+                                       nbd_server_.connections(), monitors_.sessions());
+        if (text != last) notifier_.status(text);
+        last = std::move(text);
+        (void)co_await status_pause_.after(std::chrono::seconds(1));
+    }
+}
+
+// spec/qmp.md section 12.12.
+Task<void> Daemon::end_task() {
+    co_await graph_.jobs().cancel_all();
+    co_await exports_.remove_all();
+    if (nbd_server_.running()) co_await nbd_server_.stop();
+    co_await graph_.close_all();
+    co_await monitors_.stop();
+    objects_.clear();
+    quit_.set();
+    if (signals_) signals_->cancel();
+    status_pause_.cancel();
+    co_await scope_.join();
+    ended_ = true;
+}
+
+}  // namespace gantry::cli

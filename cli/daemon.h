@@ -1,0 +1,81 @@
+// Daemon: the parts of gantryd put together, and its life from the first option to the last event.
+
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cli/options.h"
+#include "qmp/events.h"
+#include "qmp/monitor.h"
+#include "qmp/objects.h"
+#include "qmp/services.h"
+#include "runtime/runtime.h"
+#include "runtime/signal.h"
+#include "runtime/timer.h"
+#include "systemd/activation.h"
+#include "systemd/notify.h"
+#include "systemd/watchdog.h"
+
+namespace gantry::cli {
+
+struct DaemonSettings {
+    RuntimeOptions runtime;
+    systemd::Notifier notifier;
+    systemd::ActivationSockets sockets;
+};
+
+/// One per CPU this process may use, at most 4.
+unsigned default_io_loops();
+
+/// Main thread only. create(), then options in order, then run() until quit, SIGTERM, SIGINT or SIGHUP.
+class Daemon {
+  public:
+    static Result<std::unique_ptr<Daemon>> create(DaemonSettings settings);
+    ~Daemon();
+
+    /// One of --object, --blockdev, --chardev, --monitor, --nbd-server, --export, --control-socket, by name.
+    Result<> apply(const OptionUse& option);
+    /// Runs a QMP command on the daemon itself.
+    Result<json::value> execute(std::string command, json::object arguments);
+    /// Serves until the end is requested, then ends in order: listeners, jobs, exports, nodes, monitors.
+    void run();
+    /// The same end without serving first (start-up failed).
+    void shut_down();
+    void request_quit();
+
+    qmp::Services& services() { return services_; }
+    systemd::Notifier& notifier() { return notifier_; }
+    Runtime& runtime() { return *runtime_; }
+
+  private:
+    Daemon(DaemonSettings settings, std::unique_ptr<Runtime> runtime);
+
+    Task<Result<>> apply_task(OptionUse option);
+    Task<Result<>> add_control_socket(std::string path);
+    Result<UniqueFd> resolve_fd(std::string_view name);
+    Task<void> main_task();
+    Task<void> wait_for_signals();
+    Task<void> report_status();
+    Task<void> end_task();
+
+    std::unique_ptr<Runtime> runtime_;
+    systemd::Notifier notifier_;
+    systemd::ActivationSockets sockets_;
+    qmp::Monitors monitors_;
+    qmp::Events events_;
+    block::Graph graph_;
+    exports::Registry exports_;
+    nbd::Server nbd_server_;
+    qmp::Objects objects_;
+    qmp::Services services_;
+    systemd::Watchdog watchdog_;
+    TaskScope scope_;
+    std::unique_ptr<SignalWaiter> signals_;
+    Timer status_pause_;
+    AsyncEvent quit_;
+    bool ended_ = false;
+};
+
+}  // namespace gantry::cli

@@ -1,0 +1,173 @@
+// gantryd: the daemon. Takes the command line of qemu-storage-daemon (spec: QMP section 15) and a few options of its
+// own.
+
+#include <unistd.h>
+
+#include <cstdio>
+
+#include "cli/daemon.h"
+#include "cli/daemonize.h"
+#include "cli/pid_file.h"
+#include "cli/registry.h"
+#include "runtime/log.h"
+#include "schema/help.h"
+#include "schema/keyval.h"
+#include "schema/schema.h"
+
+namespace gantry::cli {
+namespace {
+
+constexpr OptionSpec kOptions[] = {
+    {"blockdev", 0, true, "driver=NAME,node-name=NAME,...", "add a node to the block graph"},
+    {"object", 0, true, "TYPE,id=ID,...", "make an object; 'help' lists the types, 'TYPE,help' their properties"},
+    {"nbd-server", 0, true, "addr.type=unix,addr.path=PATH,...", "start the NBD server"},
+    {"export", 0, true, "type=nbd,id=ID,node-name=NODE,...", "export a node"},
+    {"chardev", 0, true, "socket,id=ID,path=PATH,server=on,wait=off", "make a character device for a monitor"},
+    {"monitor", 0, true, "chardev=ID[,pretty=on]", "serve QMP on a character device"},
+    {"control-socket", 0, true, "PATH|auto",
+     "serve QMP on a unix socket of mode 0600; auto: where 'gantry status' looks"},
+    {"daemonize", 0, false, "", "go to the background when everything is up"},
+    {"pidfile", 0, true, "PATH", "write the process id to a locked file"},
+    {"io-backend", 0, true, "auto|io_uring|epoll", "how to do I/O (default: auto)"},
+    {"io-loops", 0, true, "N", "threads that serve clients (default: one per CPU, at most 4)"},
+    {"log-level", 0, true, "error|warn|info|debug", "what is logged to stderr (default: warn)"},
+    {"trace", 'T', true, "[[enable=]PATTERN][,events=FILE][,file=FILE]",
+     "accepted; there are no trace points in this build"},
+    {"help", 'h', false, "", "show this"},
+    {"version", 'V', false, "", "show the version"},
+};
+
+int usage_error(const char* program, const Error& error) {
+    std::fprintf(stderr, "%s: %s\n", program, error.message().c_str());
+    return 1;
+}
+
+void print_help(const char* program) {
+    std::printf(
+        "Usage: %s [OPTION]...\nServes block devices: NBD exports over a graph of nodes, controlled over QMP.\n\n"
+        "Options are taken in order: what is used must be made before. Values are key=value lists or JSON.\n%s",
+        program, options_help(kOptions).c_str());
+}
+
+/// `--object help`, `--object TYPE,help`, `--chardev help`: prints and ends. Nothing for other options.
+bool print_value_help(const OptionUse& option) {
+    bool object = option.name == "object";
+    if (!object && option.name != "chardev") return false;
+    auto parsed = schema::parse_option_value(option.value, object ? "qom-type" : "backend",
+                                             object ? schema::KeyvalStyle::kDotted : schema::KeyvalStyle::kFlat);
+    if (!parsed || !parsed->help) return false;
+    const json::value* kind = parsed->object.if_contains(object ? "qom-type" : "backend");
+    std::string text;
+    if (kind && kind->is_string() && object) {
+        text = schema::help_for_variant(schema::type("ObjectOptions"), std::string(kind->get_string()));
+    } else {
+        text = std::string(object ? "List of user creatable objects:\n" : "Available chardev backend types:\n") +
+               schema::help_values(schema::type(object ? "ObjectOptions" : "ChardevOptions"));
+    }
+    std::fputs(text.c_str(), stdout);
+    return true;
+}
+
+Result<log::Level> parse_level(std::string_view text) {
+    if (text == "debug") return log::Level::kDebug;
+    if (text == "info") return log::Level::kInfo;
+    if (text == "warn") return log::Level::kWarn;
+    if (text == "error") return log::Level::kError;
+    return fail(ErrorKind::kInvalid, "'{}' is no log level; use error, warn, info or debug", text);
+}
+
+Result<unsigned> parse_loops(const std::string& text) {
+    if (text.empty() || text.size() > 3 || text.find_first_not_of("0123456789") != std::string::npos ||
+        std::stoul(text) > 256) {
+        return fail(ErrorKind::kInvalid, "'{}' is no number of threads from 0 to 256", text);
+    }
+    return static_cast<unsigned>(std::stoul(text));
+}
+
+/// Options that hold before anything is made. False: not one of them.
+Result<bool> apply_setting(const OptionUse& option, DaemonSettings& settings) {
+    if (option.name == "io-backend") {
+        TRY(settings.runtime.backend, parse_io_backend(option.value));
+    } else if (option.name == "io-loops") {
+        TRY(settings.runtime.io_loops, parse_loops(option.value));
+    } else if (option.name == "log-level") {
+        TRY(log::Level level, parse_level(option.value));
+        log::set_level(level);
+    } else {
+        return option.name == "daemonize" || option.name == "pidfile" || option.name == "trace";
+    }
+    return true;
+}
+
+int run(int argc, char** argv) {
+    const char* program = argv[0];
+    log::set_level(log::Level::kWarn);
+    auto options = parse_options(kOptions, std::span(argv + 1, static_cast<size_t>(argc - 1)));
+    if (!options) return usage_error(program, options.error());
+
+    bool daemonize = false;
+    std::string pid_path;
+    DaemonSettings settings;
+    settings.runtime.io_loops = default_io_loops();
+    for (const OptionUse& option : *options) {
+        if (option.name == "help") {
+            print_help(program);
+            return 0;
+        }
+        if (option.name == "version") {
+            std::printf("gantryd %s\n", GANTRY_VERSION);
+            return 0;
+        }
+        if (print_value_help(option)) return 0;
+        if (option.name == "daemonize") daemonize = true;
+        if (option.name == "pidfile") pid_path = option.value;
+        if (auto set = apply_setting(option, settings); !set) {
+            return usage_error(program,
+                               std::move(set).error().context(fmt::format("--{} {}", option.name, option.value)));
+        }
+        bool stdio = option.name == "chardev" && (option.value == "stdio" || option.value.starts_with("stdio,"));
+        if (stdio && daemonize)
+            return usage_error(program, Error(ErrorKind::kInvalid, "cannot use stdio with -daemonize"));
+    }
+
+    Daemonizer background;
+    if (daemonize) {
+        auto started = Daemonizer::start();
+        if (!started) return usage_error(program, started.error());
+        background = std::move(*started);
+    }
+    settings.notifier = systemd::Notifier::from_environment();
+    settings.sockets = systemd::ActivationSockets::from_environment();
+    auto daemon = Daemon::create(std::move(settings));
+    if (!daemon) return usage_error(program, daemon.error());
+
+    DaemonSettings ignored;
+    auto start_up_failed = [&](const Error& error) {
+        (*daemon)->notifier().error(error.errno_value());
+        (*daemon)->shut_down();
+        return usage_error(program, error);
+    };
+    for (const OptionUse& option : *options) {
+        auto setting = apply_setting(option, ignored);
+        if (setting && *setting) continue;
+        if (auto applied = (*daemon)->apply(option); !applied) {
+            return start_up_failed(
+                std::move(applied).error().context(fmt::format("--{} {}", option.name, option.value)));
+        }
+    }
+    PidFile pid_file;
+    if (!pid_path.empty()) {
+        auto created = PidFile::create(pid_path);
+        if (!created) return start_up_failed(created.error());
+        pid_file = std::move(*created);
+    }
+    background.ready();
+    (*daemon)->notifier().ready(fmt::format("{} exports", (*daemon)->services().exports.size()));
+    (*daemon)->run();
+    return 0;
+}
+
+}  // namespace
+}  // namespace gantry::cli
+
+int main(int argc, char** argv) { return gantry::cli::run(argc, argv); }

@@ -1,0 +1,236 @@
+// gantry serve IMAGE: one image over NBD, until interrupted.
+
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <charconv>
+#include <cstdio>
+
+#include "cli/commands.h"
+#include "cli/daemon.h"
+#include "cli/qmp_client.h"
+#include "runtime/log.h"
+#include "schema/json_dialect.h"
+
+namespace gantry::cli {
+
+namespace {
+
+constexpr OptionSpec kOptions[] = {
+    {"format", 'f', true, "raw|qcow2", "the image format (default: found out from its first bytes)"},
+    {"write", 'w', false, "", "let clients write; a raw image then needs --format raw"},
+    {"name", 0, true, "NAME", "export name (default: the default export, \"\")"},
+    {"description", 0, true, "TEXT", "what clients see next to the name"},
+    {"snapshot", 0, true, "ID|NAME", "an internal snapshot of a qcow2 image"},
+    {"socket", 0, true, "PATH", "listen on this unix socket (default: one in the runtime directory)"},
+    {"tcp", 0, true, "[ADDRESS:]PORT", "listen on TCP instead; without --insecure on the loopback address only"},
+    {"insecure", 0, false, "", "allow unencrypted TCP on other addresses"},
+    {"io-backend", 0, true, "auto|io_uring|epoll", "how to do I/O"},
+    {"io-loops", 0, true, "N", "threads that serve clients"},
+    {"help", 'h', false, "", "show this"},
+};
+
+struct ServeOptions {
+    std::string image, format, name, description, snapshot, socket, tcp;
+    bool write = false, insecure = false;
+    RuntimeOptions runtime;
+};
+
+struct Listen {
+    json::object address;
+    std::string uri_prefix, uri_suffix;
+};
+
+Result<std::string> private_directory() {
+    std::string directory = control_directory();
+    if (::mkdir(directory.c_str(), 0700) != 0 && errno != EEXIST)
+        return fail_errno(errno, "Runtime directory '{}'", directory);
+    struct stat st{};
+    if (::stat(directory.c_str(), &st) != 0) return fail_errno(errno, "Runtime directory '{}'", directory);
+    if (st.st_uid != ::geteuid()) {
+        return fail(ErrorKind::kPermission,
+                    "Runtime directory '{}' belongs to uid {}, not to us; set XDG_RUNTIME_DIR or use --socket",
+                    directory, st.st_uid);
+    }
+    return directory;
+}
+
+bool is_loopback(std::string_view host) { return host == "localhost" || host == "::1" || host.starts_with("127."); }
+
+Result<Listen> tcp_address(const ServeOptions& options) {
+    std::string host = options.insecure ? "::" : "127.0.0.1", port = options.tcp;
+    if (size_t colon = options.tcp.rfind(':'); colon != std::string::npos) {
+        host = options.tcp.substr(0, colon);
+        port = options.tcp.substr(colon + 1);
+        if (host.starts_with('[') && host.ends_with(']')) host = host.substr(1, host.size() - 2);
+    }
+    if (!options.insecure && !is_loopback(host)) {
+        return fail(ErrorKind::kPermission,
+                    "Serving on '{}' would be unencrypted and open to everybody who reaches it; use a loopback "
+                    "address, or --insecure",
+                    host);
+    }
+    Listen listen;
+    listen.address = {{"type", "inet"}, {"host", host}, {"port", port}};
+    bool v6 = host.find(':') != std::string::npos;
+    std::string shown = host == "::" ? "HOST" : v6 ? fmt::format("[{}]", host) : host;
+    listen.uri_prefix = fmt::format("nbd://{}{}/", shown, port == "10809" ? "" : ":" + port);
+    return listen;
+}
+
+Result<Listen> listen_address(const ServeOptions& options) {
+    if (!options.tcp.empty()) return tcp_address(options);
+    std::string path = options.socket;
+    if (path.empty()) {
+        TRY(std::string directory, private_directory());
+        path = fmt::format("{}/{}.nbd", directory, ::getpid());
+    } else if (path[0] != '/') {
+        std::unique_ptr<char, decltype(&::free)> cwd(::getcwd(nullptr, 0), &::free);
+        if (cwd) path = fmt::format("{}/{}", cwd.get(), path);
+    }
+    Listen listen;
+    listen.address = {{"type", "unix"}, {"path", path}};
+    listen.uri_prefix = "nbd+unix:///";
+    listen.uri_suffix = "?socket=" + path;
+    return listen;
+}
+
+/// The driver of the image: as said, or probed. A probed raw image is never writable: a guest could turn it into
+/// another format.
+Result<std::string> find_format(Daemon& daemon, const ServeOptions& options) {
+    if (!options.format.empty()) return options.format;
+    block::Graph& graph = daemon.services().graph;
+    TRY(std::string format, daemon.runtime().main_loop().run_until_complete(graph.probe(*graph.find("file"))));
+    if (format == "raw" && options.write) {
+        return fail(ErrorKind::kInvalid,
+                    "'{}' shows no known format, and a probed raw image is never served for writing; say --format raw "
+                    "if that is what it is",
+                    options.image);
+    }
+    return format;
+}
+
+Result<std::string> set_up(Daemon& daemon, const ServeOptions& options) {
+    struct stat st{};
+    if (::stat(options.image.c_str(), &st) != 0) return fail_errno(errno, "Could not open '{}'", options.image);
+    std::string_view leaf = S_ISBLK(st.st_mode) ? "host_device" : "file";
+    // auto-read-only: the file is opened for writing only when the export asks for it.
+    TRY(auto file, daemon.execute("blockdev-add", {{"driver", leaf},
+                                                   {"node-name", "file"},
+                                                   {"filename", options.image},
+                                                   {"read-only", !options.write},
+                                                   {"discard", "unmap"}}));
+    TRY(std::string format, find_format(daemon, options));
+    json::object disk{{"driver", format},
+                      {"node-name", "disk"},
+                      {"file", "file"},
+                      {"read-only", !options.write},
+                      {"discard", "unmap"}};
+    if (!options.snapshot.empty()) disk["snapshot"] = options.snapshot;
+    TRY(auto added, daemon.execute("blockdev-add", std::move(disk)));
+    TRY(Listen listen, listen_address(options));
+    TRY(auto started, daemon.execute("nbd-server-start", {{"addr", listen.address}}));
+    json::object e{
+        {"type", "nbd"}, {"id", "disk"}, {"node-name", "disk"}, {"name", options.name}, {"writable", options.write}};
+    if (!options.description.empty()) e["description"] = options.description;
+    TRY(auto exported, daemon.execute("block-export-add", std::move(e)));
+    CHECK_OK(daemon.apply({"control-socket", "auto"}));
+    (void)file, (void)added, (void)started, (void)exported;
+    return listen.uri_prefix + options.name + listen.uri_suffix;
+}
+
+void print_hints(const ServeOptions& options, const std::string& uri) {
+    std::printf("Serving %s (%s) at\n\n    %s\n\nTry:\n", options.image.c_str(),
+                options.write ? "read-write" : "read-only", uri.c_str());
+    std::printf("    nbdinfo '%s'\n", uri.c_str());
+    std::printf("    nbdcopy '%s' copy.img\n", uri.c_str());
+    std::printf("    qemu-img info '%s'\n", uri.c_str());
+    std::printf("    gantry status\n\nCtrl-C ends it.\n");
+    std::fflush(stdout);
+}
+
+Result<ServeOptions> parse(std::span<const char* const> arguments, bool& help) {
+    ServeOptions out;
+    out.runtime.io_loops = default_io_loops();
+    std::vector<const char*> words;
+    bool value_follows = false;
+    for (const char* raw : arguments) {
+        std::string_view word = raw;
+        bool is_option = value_follows || (word.starts_with("-") && word.size() > 1);
+        value_follows = false;
+        if (!is_option) {
+            if (!out.image.empty())
+                return fail(ErrorKind::kInvalid, "one image at a time: '{}' and '{}' were given", out.image, word);
+            out.image = word;
+            continue;
+        }
+        words.push_back(raw);
+        for (const OptionSpec& spec : kOptions) {
+            if (spec.takes_value && (word == fmt::format("--{}", spec.name) ||
+                                     (spec.short_name && word == fmt::format("-{}", spec.short_name)))) {
+                value_follows = true;
+            }
+        }
+    }
+    TRY(auto parsed, parse_options(kOptions, words));
+    for (const OptionUse& option : parsed) {
+        if (option.name == "help") help = true;
+        if (option.name == "format") out.format = option.value;
+        if (option.name == "write") out.write = true;
+        if (option.name == "insecure") out.insecure = true;
+        if (option.name == "name") out.name = option.value;
+        if (option.name == "description") out.description = option.value;
+        if (option.name == "snapshot") out.snapshot = option.value;
+        if (option.name == "socket") out.socket = option.value;
+        if (option.name == "tcp") out.tcp = option.value;
+        if (option.name == "io-backend") {
+            TRY(out.runtime.backend, parse_io_backend(option.value));
+        }
+        if (option.name == "io-loops") {
+            unsigned loops = 0;
+            auto [end, error] = std::from_chars(option.value.data(), option.value.data() + option.value.size(), loops);
+            if (error != std::errc() || *end != '\0' || loops > 256) {
+                return fail(ErrorKind::kInvalid, "'{}' is no number of threads from 0 to 256", option.value);
+            }
+            out.runtime.io_loops = loops;
+        }
+    }
+    if (!help && out.image.empty()) return fail(ErrorKind::kInvalid, "name an image; 'gantry serve --help' explains");
+    return out;
+}
+
+}  // namespace
+
+int serve_command(std::span<const char* const> arguments) {
+    bool help = false;
+    auto options = parse(arguments, help);
+    if (help) {
+        std::printf("Usage: gantry serve [OPTION]... IMAGE\n\n%s", options_help(kOptions).c_str());
+        return 0;
+    }
+    if (!options) {
+        std::fprintf(stderr, "gantry serve: %s\n", options.error().message().c_str());
+        return 2;
+    }
+    log::set_level(log::Level::kWarn);
+    DaemonSettings settings;
+    settings.runtime = options->runtime;
+    settings.notifier = systemd::Notifier::from_environment();
+    auto daemon = Daemon::create(std::move(settings));
+    if (!daemon) {
+        std::fprintf(stderr, "gantry serve: %s\n", daemon.error().message().c_str());
+        return 1;
+    }
+    auto uri = set_up(**daemon, *options);
+    if (!uri) {
+        (*daemon)->shut_down();
+        std::fprintf(stderr, "gantry serve: %s\n", uri.error().message().c_str());
+        return 1;
+    }
+    print_hints(*options, *uri);
+    (*daemon)->notifier().ready(fmt::format("Serving {}", options->image));
+    (*daemon)->run();
+    return 0;
+}
+
+}  // namespace gantry::cli

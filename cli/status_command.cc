@@ -1,0 +1,140 @@
+// gantry status: the daemons of this user and what they export.
+
+#include <cstdio>
+#include <map>
+
+#include "cli/commands.h"
+#include "cli/options.h"
+#include "cli/qmp_client.h"
+#include "cli/readable.h"
+
+namespace gantry::cli {
+
+namespace {
+
+constexpr OptionSpec kOptions[] = {
+    {"qmp", 0, true, "SOCKET", "only the daemon behind this control socket"},
+    {"json", 0, false, "", "print JSON"},
+    {"help", 'h', false, "", "show this"},
+};
+
+std::string text_of(const json::object& object, std::string_view key) {
+    const json::value* v = object.if_contains(key);
+    return v && v->is_string() ? std::string(v->get_string()) : std::string();
+}
+
+uint64_t number_of(const json::object& object, std::string_view key) {
+    const json::value* v = object.if_contains(key);
+    if (!v) return 0;
+    if (v->is_uint64()) return v->get_uint64();
+    return v->is_int64() ? static_cast<uint64_t>(v->get_int64()) : 0;
+}
+
+/// Everything a daemon says about itself, under the names of the commands.
+Result<json::object> ask(const std::string& socket) {
+    TRY(QmpClient client, QmpClient::connect(socket));
+    json::object out{{"socket", socket}, {"version", client.version()}};
+    for (std::string_view command : {"query-block-exports", "query-jobs"}) {
+        TRY(json::value reply, client.execute(command, {}));
+        out[command] = std::move(reply);
+    }
+    TRY(json::value nodes, client.execute("query-named-block-nodes", {{"flat", true}}));
+    TRY(json::value stats, client.execute("query-blockstats", {{"query-nodes", true}}));
+    out["query-named-block-nodes"] = std::move(nodes);
+    out["query-blockstats"] = std::move(stats);
+    return out;
+}
+
+const json::array& list_of(const json::object& object, std::string_view key) {
+    static const json::array kEmpty;
+    const json::value* v = object.if_contains(key);
+    return v && v->is_array() ? v->get_array() : kEmpty;
+}
+
+void print_daemon(const json::object& daemon) {
+    std::printf("%s\n", text_of(daemon, "socket").c_str());
+    std::map<std::string, const json::object*> nodes, stats;
+    for (const json::value& node : list_of(daemon, "query-named-block-nodes")) {
+        nodes[text_of(node.get_object(), "node-name")] = &node.get_object();
+    }
+    for (const json::value& node : list_of(daemon, "query-blockstats"))
+        stats[text_of(node.get_object(), "node-name")] = &node.get_object();
+
+    std::vector<std::vector<std::string>> rows{{"EXPORT", "TYPE", "NODE", "DRIVER", "MODE", "SIZE", "READ", "WRITTEN"}};
+    for (const json::value& item : list_of(daemon, "query-block-exports")) {
+        const json::object& e = item.get_object();
+        std::string name = text_of(e, "node-name");
+        std::vector<std::string> row{text_of(e, "id"), text_of(e, "type"), name};
+        if (auto it = nodes.find(name); it != nodes.end()) {
+            const json::object& node = *it->second;
+            const json::value* ro = node.if_contains("ro");
+            row.push_back(text_of(node, "drv"));
+            row.push_back(ro && ro->is_bool() && ro->get_bool() ? "ro" : "rw");
+            const json::value* image = node.if_contains("image");
+            row.push_back(readable_size(image ? number_of(image->get_object(), "virtual-size") : 0));
+        }
+        if (auto it = stats.find(name); it != stats.end()) {
+            const json::value* s = it->second->if_contains("stats");
+            if (s && s->is_object()) {
+                row.push_back(readable_size(number_of(s->get_object(), "rd_bytes")));
+                row.push_back(readable_size(number_of(s->get_object(), "wr_bytes")));
+            }
+        }
+        rows.push_back(std::move(row));
+    }
+    if (rows.size() == 1) {
+        std::puts("  no exports");
+    } else {
+        std::fputs(table(rows).c_str(), stdout);
+    }
+    for (const json::value& item : list_of(daemon, "query-jobs")) {
+        const json::object& job = item.get_object();
+        std::printf("job %s (%s): %s, %llu of %llu\n", text_of(job, "id").c_str(), text_of(job, "type").c_str(),
+                    text_of(job, "status").c_str(), static_cast<unsigned long long>(number_of(job, "current-progress")),
+                    static_cast<unsigned long long>(number_of(job, "total-progress")));
+    }
+}
+
+}  // namespace
+
+int status_command(std::span<const char* const> arguments) {
+    auto parsed = parse_options(kOptions, arguments);
+    if (!parsed) {
+        std::fprintf(stderr, "gantry status: %s\n", parsed.error().message().c_str());
+        return 2;
+    }
+    std::vector<std::string> sockets;
+    bool as_json = false;
+    for (const OptionUse& option : *parsed) {
+        if (option.name == "help") {
+            std::printf("Usage: gantry status [OPTION]...\n\n%s", options_help(kOptions).c_str());
+            return 0;
+        }
+        if (option.name == "qmp") sockets.push_back(option.value);
+        if (option.name == "json") as_json = true;
+    }
+    bool asked_by_name = !sockets.empty();
+    if (!asked_by_name) sockets = find_control_sockets();
+    json::array daemons;
+    for (const std::string& socket : sockets) {
+        auto daemon = ask(socket);
+        if (daemon) {
+            daemons.push_back(std::move(*daemon));
+        } else if (asked_by_name) {
+            std::fprintf(stderr, "gantry status: %s\n", daemon.error().message().c_str());
+            return 1;
+        }
+    }
+    if (as_json) {
+        std::puts(schema::to_json(daemons, schema::JsonLayout::kPretty).c_str());
+        return 0;
+    }
+    if (daemons.empty()) {
+        std::printf("No running daemon has a control socket in %s\n", control_directory().c_str());
+        return 0;
+    }
+    for (const json::value& daemon : daemons) print_daemon(daemon.get_object());
+    return 0;
+}
+
+}  // namespace gantry::cli
