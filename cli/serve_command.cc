@@ -55,6 +55,17 @@ Result<std::string> private_directory() {
     return directory;
 }
 
+/// A part of a URI: everything but unreserved characters and '/' becomes %XX (RFC 3986 section 2).
+std::string uri_escape(std::string_view text) {
+    constexpr std::string_view kPlain = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~/";
+    std::string out;
+    for (char c : text) {
+        out += kPlain.find(c) != std::string_view::npos ? std::string(1, c)
+                                                        : fmt::format("%{:02X}", static_cast<unsigned char>(c));
+    }
+    return out;
+}
+
 bool is_loopback(std::string_view host) { return host == "localhost" || host == "::1" || host.starts_with("127."); }
 
 Result<Listen> tcp_address(const ServeOptions& options) {
@@ -91,7 +102,7 @@ Result<Listen> listen_address(const ServeOptions& options) {
     Listen listen;
     listen.address = {{"type", "unix"}, {"path", path}};
     listen.uri_prefix = "nbd+unix:///";
-    listen.uri_suffix = "?socket=" + path;
+    listen.uri_suffix = "?socket=" + uri_escape(path);
     return listen;
 }
 
@@ -136,7 +147,7 @@ Result<std::string> set_up(Daemon& daemon, const ServeOptions& options) {
     TRY(auto exported, daemon.execute("block-export-add", std::move(e)));
     CHECK_OK(daemon.apply({"control-socket", "auto"}));
     (void)file, (void)added, (void)started, (void)exported;
-    return listen.uri_prefix + options.name + listen.uri_suffix;
+    return listen.uri_prefix + uri_escape(options.name) + listen.uri_suffix;
 }
 
 void print_hints(const ServeOptions& options, const std::string& uri) {
