@@ -230,8 +230,9 @@ Task<Result<UniqueFd>> connect_unix(std::string path, std::chrono::nanoseconds t
         if (result >= 0) co_return fd;
         if (result != -EAGAIN) co_return fail_errno(-result, "Failed to connect to '{}'", path);
         // The listener's backlog is full, and nothing tells when it has room.
-        if (Clock::now() + pause >= deadline) co_return fail_errno(ETIMEDOUT, "Failed to connect to '{}'", path);
-        co_await sleep_for(pause);
+        const auto now = Clock::now();
+        if (now >= deadline) co_return fail_errno(ETIMEDOUT, "Failed to connect to '{}'", path);
+        co_await sleep_for(std::min<Clock::duration>(pause, deadline - now));
         pause = std::min(pause * 2, std::chrono::milliseconds(50));
     }
 }
