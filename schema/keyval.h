@@ -2,7 +2,9 @@
 
 #pragma once
 
+#include <string>
 #include <string_view>
+#include <vector>
 
 #include "runtime/error.h"
 #include "schema/types.h"
@@ -18,7 +20,8 @@ enum class KeyvalStyle : uint8_t { kDotted, kFlat };
 struct OptionValue {
     json::object object;  // scalars are strings when mode is kKeyval
     InputMode mode = InputMode::kKeyval;
-    bool help = false;  // the word "help" (or "?") stood among the pairs
+    bool help = false;                  // the word "help" (or "?") stood among the pairs
+    std::vector<std::string> warnings;  // for stderr: old forms that still work
 };
 
 /// key=value text to an object of strings, objects and arrays. `implied_key` (may be empty) names the first word.

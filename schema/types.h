@@ -81,6 +81,7 @@ struct Type {
     std::span<const Variant> variants = {};
     std::span<const Branch> branches = {};
     const Type* element = nullptr;
+    std::span<const std::string_view> features = {};
     std::span<const Absent> absent = {};  // of an enum: values; of an object: members
     Fold fold = Fold::kNone;
     std::string_view fold_member = {};
