@@ -16,6 +16,30 @@
 
 namespace gantry {
 
+#ifdef GANTRY_PLAIN_BUFFERS
+
+// Exact sizes, never recycled: the sanitizer sees every overrun and every use after free.
+Result<Buffer> Buffer::try_alloc(size_t size) {
+    Buffer b;
+    if (size == 0) return b;
+    void* memory = nullptr;
+    if (size > PTRDIFF_MAX / 2 || ::posix_memalign(&memory, 4096, size) != 0) {
+        return fail(ErrorKind::kNoMemory, "cannot allocate {} bytes", size);
+    }
+    b.data_ = static_cast<uint8_t*>(memory);
+    b.size_ = size;
+    return b;
+}
+
+void Buffer::reset() {
+    std::free(std::exchange(data_, nullptr));
+    size_ = 0;
+}
+
+void buffer_cache_trim() {}
+
+#else
+
 namespace {
 
 constexpr size_t kAlign = 4096;
@@ -33,19 +57,15 @@ void* map_memory(size_t bytes) {
     return p == MAP_FAILED ? nullptr : p;
 }
 
-[[maybe_unused]] void* fresh_memory(size_t bytes) {
-    return bytes >= kMapFrom ? map_memory(bytes) : std::aligned_alloc(kAlign, bytes);
-}
+void* fresh_memory(size_t bytes) { return bytes >= kMapFrom ? map_memory(bytes) : std::aligned_alloc(kAlign, bytes); }
 
-[[maybe_unused]] void free_memory(void* memory, size_t bytes) {
+void free_memory(void* memory, size_t bytes) {
     if (bytes >= kMapFrom) {
         ::munmap(memory, bytes);
     } else {
         std::free(memory);
     }
 }
-
-#ifndef GANTRY_PLAIN_BUFFERS
 
 struct FreeBuffer {
     FreeBuffer* next;
@@ -94,33 +114,7 @@ void recycle(void* memory, uint32_t size_class) {
     cache.bytes += bytes;
 }
 
-#endif
-
 }  // namespace
-
-#ifdef GANTRY_PLAIN_BUFFERS
-
-// Exact sizes, never recycled: the sanitizer sees every overrun and every use after free.
-Result<Buffer> Buffer::try_alloc(size_t size) {
-    Buffer b;
-    if (size == 0) return b;
-    void* memory = nullptr;
-    if (size > PTRDIFF_MAX / 2 || ::posix_memalign(&memory, kAlign, size) != 0) {
-        return fail(ErrorKind::kNoMemory, "cannot allocate {} bytes", size);
-    }
-    b.data_ = static_cast<uint8_t*>(memory);
-    b.size_ = size;
-    return b;
-}
-
-void Buffer::reset() {
-    std::free(std::exchange(data_, nullptr));
-    size_ = 0;
-}
-
-void buffer_cache_trim() {}
-
-#else
 
 Result<Buffer> Buffer::try_alloc(size_t size) {
     Buffer b;

@@ -33,8 +33,7 @@ Task<int64_t> sum_of_awaits(int64_t n) {
 }
 
 Task<uintptr_t> stack_position() {
-    char here = 0;
-    co_return reinterpret_cast<uintptr_t>(&here);
+    co_return reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
 }
 
 Task<size_t> stack_growth(int n) {
