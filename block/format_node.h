@@ -2,10 +2,13 @@
 
 #pragma once
 
+#include <functional>
 #include <memory>
 
 #include "block/extent.h"
 #include "block/node.h"
+#include "block/request_epochs.h"
+#include "block/tracked_requests.h"
 #include "runtime/sync.h"
 
 namespace gantry::block {
@@ -35,11 +38,13 @@ struct PlanState {
 
 /// Reads, the backing chain, copy-on-write of partial clusters, zeroes and block_status over a format's map.
 ///
-/// In-flight list: a plan that is not in_place registers [copy_begin, copy_end); a write, zero or discard that overlaps waits
-/// until that plan ended and maps again; reads need not wait (they see the old or the new mapping).
+/// In-flight list: whoever changes mappings (a plan, zeroes, discard, a compressed write) first claims the units it touches; claims
+/// that overlap run one after the other, in order of arrival. Reads and writes into existing mappings need no claim: a map stays
+/// valid until the request that asked ends, because a format hands freed places to retire() before it uses them again.
+/// Lock order: a claim, then the format's own locks.
 class FormatNode : public Node {
  public:
-    using Node::Node;
+    FormatNode(std::string_view driver, std::string name, NodeFlags flags);
     ~FormatNode() override;
 
     // ---- What a format implements ----
@@ -56,16 +61,26 @@ class FormatNode : public Node {
     virtual Task<Result<>> decode_in_place(Request& rq, uint64_t guest_offset, uint64_t host_offset, IoVec iov);
     virtual Task<Result<>> encode_in_place(Request& rq, uint64_t guest_offset, uint64_t host_offset, IoVec iov);
 
-    // Writable formats.
+    // Writable formats. They call recycle_places() if space can be freed or moved while requests run.
+
+    /// Size of the aligned unit around `offset` that must belong to one plan: a cluster while it has no place, a subcluster once
+    /// it has one. Power of two; a plain call on any loop. Default: cluster_size(), at least 1.
+    virtual uint32_t write_unit(uint64_t offset);
+    /// Called with [offset, offset + length) claimed, rounded out to write_unit(). Looks at the mapping under the format's own lock:
+    /// it may exist meanwhile (in_place). Edges to be copied lie inside the claim.
     virtual Task<Result<WritePlan>> plan_write(Request& rq, uint64_t offset, uint64_t length, WriteFlags flags);
-    /// Data and copies are written (and, if asked, flushed): make the mapping visible.
+    /// Data and copies are written (and, if asked, flushed): make the mapping visible. On an error the format has undone the plan
+    /// itself; abort_write is not called.
     virtual Task<Result<>> commit_write(Request& rq, WritePlan& plan);
+    /// The bytes could not be written: the old mapping stays.
     virtual Task<void> abort_write(Request& rq, WritePlan& plan);
     /// Bytes written to a plan's place need encode_in_place first.
     virtual bool transforms_writes() const { return false; }
-    /// Whole units only (zeroes_alignment / discard_alignment); the range overlaps no plan in flight. kUnsupported: data is written.
+    /// Whole units only (zeroes_alignment / discard_alignment; the last one ends at size()); no plan is in flight in any cluster it
+    /// touches. kUnsupported (with nothing changed): data is written.
     virtual Task<Result<>> zero_mapped(Request& rq, uint64_t offset, uint64_t length, WriteFlags flags);
     virtual Task<Result<>> discard_mapped(Request& rq, uint64_t offset, uint64_t length);
+    /// One whole cluster (the last one ends at size()), claimed. kUnsupported: it is written plainly.
     virtual Task<Result<>> write_compressed(Request& rq, uint64_t offset, IoVec iov);
     /// Writes back metadata in its order, then FormatNode flushes the data child and the file child.
     virtual Task<Result<>> flush_metadata(Request& rq);
@@ -89,17 +104,62 @@ class FormatNode : public Node {
     Node* backing() const { return backing_ ? backing_->node.get() : nullptr; }
     Node& file() const { return *file_->node; }
     Node& data() const { return data_ ? *data_->node : *file_->node; }
-    /// The format calls it when children are in place (the graph does after open and after each re-pointing).
+    /// Looks up the children by role. The graph calls it through children_changed().
     void cache_children();
+    /// Once, before the first request: from now on requests are counted, so that retire() can wait for them.
+    void recycle_places() { recycles_ = true; }
+    /// Runs `fn` when every request on this node that began before now has ended: no map in use names the place any more. A plain
+    /// function, on any thread; at once when no request runs, so the caller holds no lock that `fn` takes.
+    void retire(std::function<void()> fn) { epochs_.retire(std::move(fn)); }
 
  private:
-    friend class Graph;
-    struct InFlight;
-    Task<Result<Extent>> lookup(Request& rq, uint64_t offset, uint64_t length);
+    /// A request that uses maps, for retire().
+    class Pass {
+     public:
+        explicit Pass(FormatNode& node) : node_(node.recycles_ ? &node : nullptr) {
+            if (node_) token_ = node_->epochs_.enter();
+        }
+        ~Pass() {
+            if (node_) node_->epochs_.leave(token_);
+        }
+        Pass(const Pass&) = delete;
+
+     private:
+        FormatNode* node_;
+        RequestEpochs::Token token_;
+    };
+
+    /// Follows a hit with the next ones as long as they continue it; `wanted` bounds the result's length.
+    void extend(uint64_t offset, uint64_t wanted, Extent& extent);
+    /// A map joined with what continues it; false: ask miss().
+    bool hit(uint64_t offset, uint64_t length, Extent& extent);
+    Task<Result<Extent>> miss(Request& rq, uint64_t offset, uint64_t length);
+
+    Task<Result<>> read_pass(Request& rq, uint64_t offset, IoVec iov);
+    /// The loop over extents; inside somebody's Pass.
+    Task<Result<>> read_extents(Request& rq, uint64_t offset, IoVec iov);
+    Task<Result<>> read_backing(Request& rq, uint64_t offset, IoVec iov);
+    Task<Result<>> read_transformed(Request& rq, Extent extent, uint64_t offset, IoVec iov);
+    Task<Result<BlockStatus>> status_of(Request& rq, Extent extent, uint64_t offset, uint64_t length);
+    /// Whether the whole of [begin, end) reads as zeroes, as far as maps tell.
+    Task<Result<bool>> reads_as_zero(Request& rq, uint64_t begin, uint64_t end);
+
+    Task<Result<>> write_extents(Request& rq, uint64_t offset, IoVec iov, WriteFlags flags);
+    Task<Result<>> write_in_place(Request& rq, Node* node, uint64_t host, bool transform, uint64_t offset, IoVec iov);
+    /// One plan for the beginning of the range; the bytes done, 0: map again.
+    Task<Result<uint64_t>> write_planned(Request& rq, uint64_t offset, IoVec iov, WriteFlags flags);
+    Task<Result<>> write_plan_bytes(Request& rq, const WritePlan& plan, IoVec iov);
+    Task<Result<>> write_encoded(Request& rq, Node* node, uint64_t host, uint64_t offset, IoVec iov);
+    /// The same for one compressed cluster; 0: write plainly.
+    Task<Result<uint64_t>> write_one_compressed(Request& rq, uint64_t offset, IoVec iov);
+    Task<Result<>> write_zero_data(Request& rq, uint64_t offset, uint64_t length, WriteFlags flags);
+
     Child* file_ = nullptr;
     Child* data_ = nullptr;
     Child* backing_ = nullptr;
-    std::unique_ptr<InFlight> in_flight_;
+    TrackedRequests claims_;
+    bool recycles_ = false;
+    RequestEpochs epochs_;
 };
 
 }  // namespace gantry::block

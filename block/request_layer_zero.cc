@@ -1,33 +1,22 @@
 // write_zeroes, discard and flush.
 
 #include <algorithm>
-#include <array>
 #include <optional>
 
 #include "block/align.h"
 #include "block/request_layer.h"
 #include "block/request_pieces.h"
+#include "block/zero_data.h"
 
 namespace gantry::block {
-namespace {
-
-constexpr size_t kZeroBlock = 64 << 10;
-constexpr uint32_t kZeroIovs = 16;
-
-/// Never written: its pages stay the kernel's zero page. Aligned for direct I/O.
-alignas(4096) constinit uint8_t zero_block[kZeroBlock] = {};
-
-}  // namespace
-
 Task<Result<>> RequestLayer::write_zero_data(Node& n, Request& rq, uint64_t offset, uint64_t length, WriteFlags flags) {
-    std::array<iovec, kZeroIovs> list;
-    list.fill(iovec{zero_block, kZeroBlock});
-    const uint64_t limit = uint64_t{std::clamp<uint32_t>(n.limits_.max_iov, 1, kZeroIovs)} * kZeroBlock;
+    const ZeroData zeroes;
+    const uint64_t blocks = std::clamp<uint64_t>(n.limits_.max_iov, 1, ZeroData::kLimit / ZeroData::kBlock);
+    const uint64_t limit = blocks * ZeroData::kBlock;
     // Pieces end on multiples of the block, so that only the ends of the whole range are read-modify-written.
     for (uint64_t pos = offset, end = offset + length; pos < end;) {
-        const uint64_t part = std::min(end, align_down(pos, kZeroBlock) + limit) - pos;
-        const IoVec all(list.data(), kZeroIovs, kZeroIovs * kZeroBlock);
-        IoVecSlice slice(all, 0, part);
+        const uint64_t part = std::min(end, align_down(pos, ZeroData::kBlock) + limit) - pos;
+        IoVecSlice slice = zeroes.slice(part);
         CO_CHECK(co_await write_pieces(n, rq, pos, slice.view(), flags));
         pos += part;
     }

@@ -27,6 +27,18 @@ TrackedRequests::Entry::~Entry() {
     while (detail::Waiter* waiter = waiters.pop()) detail::wake(*waiter);
 }
 
+void TrackedRequests::Entry::shrink(uint64_t end) {
+    detail::WaiterQueue waiters;
+    {
+        std::lock_guard lock(owner_.mutex_);
+        if (end >= end_) return;
+        if (end <= begin_) begin_ = end = 0;  // overlaps nothing
+        end_ = end;
+        std::swap(waiters, waiters_);
+    }
+    while (detail::Waiter* waiter = waiters.pop()) detail::wake(*waiter);
+}
+
 TrackedRequests::Entry* TrackedRequests::blocker_of(const Entry& entry) const {
     if (serialising_ == 0) return nullptr;
     for (Entry* other = entry.prev_; other; other = other->prev_) {

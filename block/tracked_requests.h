@@ -27,6 +27,10 @@ class TrackedRequests {
         /// True while an earlier request excludes this one: `while (entry.blocked()) co_await entry.turn();`
         bool blocked() const;
 
+        /// Gives up what lies at `end` and above, or everything; those who wait look again.
+        void shrink(uint64_t end);
+        void release() { shrink(0); }
+
         struct Awaiter {
             Entry& entry;
             detail::Waiter waiter;

@@ -1,0 +1,208 @@
+// FormatNode: reads and block status.
+
+#include <algorithm>
+
+#include "block/format_node.h"
+#include "runtime/buffer.h"
+
+namespace gantry::block {
+namespace {
+
+using Kind = Extent::Kind;
+
+constexpr uint64_t kBounce = 1 << 20;
+constexpr unsigned kStatusSteps = 256;  // extents looked at for one answer
+constexpr int kAgain = -11;             // -EAGAIN
+
+bool plain_data(const Extent& e) { return e.kind == Kind::kData && !e.transform; }
+
+}  // namespace
+
+Task<Result<>> FormatNode::do_read(Request& rq, uint64_t offset, IoVec iov) {
+    if (!recycles_) {
+        Extent extent;
+        if (map(offset, iov.bytes, extent) == MapResult::kHit && plain_data(extent) && extent.length >= iov.bytes) {
+            return extent.node->read(rq, extent.offset, iov);
+        }
+        return read_extents(rq, offset, iov);
+    }
+    return read_pass(rq, offset, iov);
+}
+
+Task<Result<>> FormatNode::read_pass(Request& rq, uint64_t offset, IoVec iov) {
+    Pass pass(*this);
+    Extent extent;
+    if (map(offset, iov.bytes, extent) == MapResult::kHit && plain_data(extent) && extent.length >= iov.bytes) {
+        co_return co_await extent.node->read(rq, extent.offset, iov);
+    }
+    co_return co_await read_extents(rq, offset, iov);
+}
+
+Task<Result<>> FormatNode::read_extents(Request& rq, uint64_t offset, IoVec iov) {
+    const uint64_t end = offset + iov.bytes;
+    for (uint64_t pos = offset; pos < end;) {
+        Extent extent;
+        if (!hit(pos, end - pos, extent)) {
+            CO_TRY(extent, co_await miss(rq, pos, end - pos));
+        }
+        const IoVecSlice slice(iov, pos - offset, extent.length);
+        switch (extent.kind) {
+            case Kind::kZero:
+                fill_iovec(iov, pos - offset, extent.length);
+                break;
+            case Kind::kUnallocated:
+                CO_CHECK(co_await read_backing(rq, pos, slice.view()));
+                break;
+            case Kind::kData:
+                if (extent.transform) {
+                    CO_CHECK(co_await read_transformed(rq, extent, pos, slice.view()));
+                } else {
+                    CO_CHECK(co_await extent.node->read(rq, extent.offset, slice.view()));
+                }
+                break;
+            case Kind::kEncoded:
+                CO_CHECK(co_await read_encoded(rq, extent, pos, slice.view()));
+                break;
+        }
+        pos += extent.length;
+    }
+    co_return Result<>();
+}
+
+Task<Result<>> FormatNode::read_backing(Request& rq, uint64_t offset, IoVec iov) {
+    Node* below = backing();
+    if (!below || offset >= below->size()) {
+        fill_iovec(iov, 0, iov.bytes);
+        return ready_task(Result<>());
+    }
+    return below->read(rq, offset, iov);  // beyond its end: zeroes
+}
+
+Task<Result<>> FormatNode::read_transformed(Request& rq, Extent extent, uint64_t offset, IoVec iov) {
+    Buffer bounce = Buffer::alloc(std::min<uint64_t>(iov.bytes, kBounce));
+    for (uint64_t done = 0; done < iov.bytes;) {
+        const uint64_t part = std::min<uint64_t>(iov.bytes - done, bounce.size());
+        const iovec one = bounce.iov(0, part);
+        CO_CHECK(co_await extent.node->read(rq, extent.offset + done, IoVec(one)));
+        CO_CHECK(co_await decode_in_place(rq, offset + done, extent.offset + done, IoVec(one)));
+        copy_to_iovec(iov, done, bounce.data(), part);
+        done += part;
+    }
+    co_return Result<>();
+}
+
+int FormatNode::do_try_read(Request& rq, uint64_t offset, const IoVec& iov) {
+    Pass pass(*this);
+    const uint64_t end = offset + iov.bytes;
+    for (uint64_t pos = offset; pos < end;) {
+        Extent extent;
+        if (!hit(pos, end - pos, extent)) return kAgain;
+        Node* below = nullptr;
+        uint64_t at = 0;
+        uint64_t stored = 0;  // bytes to be read from `below`; the rest of the extent is zeroes
+        if (extent.kind == Kind::kData) {
+            if (extent.transform) return kAgain;
+            below = extent.node;
+            at = extent.offset;
+            stored = extent.length;
+        } else if (extent.kind == Kind::kUnallocated && backing() && pos < backing()->size()) {
+            below = backing();
+            at = pos;
+            stored = std::min(extent.length, below->size() - pos);
+        } else if (extent.kind == Kind::kEncoded) {
+            return kAgain;
+        }
+        if (stored == iov.bytes) return below->try_read(rq, at, iov);
+        if (stored) {
+            const IoVecSlice slice(iov, pos - offset, stored);
+            if (int r = below->try_read(rq, at, slice.view()); r != 0) return r;
+        }
+        if (stored < extent.length) fill_iovec(iov, pos - offset + stored, extent.length - stored);
+        pos += extent.length;
+    }
+    return 0;
+}
+
+Task<Result<BlockStatus>> FormatNode::status_of(Request& rq, Extent extent, uint64_t offset, uint64_t length) {
+    BlockStatus status;
+    status.length = std::min(extent.length, length);
+    status.allocated = extent.allocated;
+    status.depth = extent.allocated ? 1 : 0;
+    switch (extent.kind) {
+        case Kind::kZero:
+            status.zero = true;
+            break;
+        case Kind::kData:
+            status.data = true;
+            status.allocated = true;
+            status.depth = 1;
+            status.encrypted = extent.transform;
+            status.file = extent.node;
+            status.host_offset = extent.offset;
+            status.has_offset = !extent.transform;
+            break;
+        case Kind::kEncoded:
+            status.data = true;
+            status.allocated = true;
+            status.depth = 1;
+            status.compressed = true;
+            break;
+        case Kind::kUnallocated: {
+            Node* below = backing();
+            if (!below || offset >= below->size()) {
+                status.zero = true;
+                break;
+            }
+            const uint64_t asked = std::min(status.length, below->size() - offset);
+            CO_TRY(status, co_await below->block_status(rq, offset, asked));
+            status.allocated = false;
+            if (status.depth) status.depth++;
+            break;
+        }
+    }
+    co_return status;
+}
+
+Task<Result<BlockStatus>> FormatNode::do_block_status(Request& rq, uint64_t offset, uint64_t length) {
+    Pass pass(*this);
+    Extent first;
+    if (!hit(offset, length, first)) {
+        CO_TRY(first, co_await miss(rq, offset, length));
+    }
+    CO_TRY(BlockStatus status, co_await status_of(rq, first, offset, length));
+    for (unsigned step = 0; step < kStatusSteps && status.length < length; step++) {
+        const uint64_t pos = offset + status.length;
+        Extent extent;
+        if (map(pos, length - status.length, extent) != MapResult::kHit) break;
+        extent.length = std::min(extent.length, length - status.length);
+        CO_TRY(const BlockStatus next, co_await status_of(rq, extent, pos, length - status.length));
+        if (next.data != status.data || next.zero != status.zero || next.allocated != status.allocated ||
+            next.compressed != status.compressed || next.encrypted != status.encrypted || next.depth != status.depth ||
+            next.has_offset != status.has_offset || next.file != status.file) {
+            break;
+        }
+        if (status.has_offset && next.host_offset != status.host_offset + status.length) break;
+        status.length += next.length;
+    }
+    co_return status;
+}
+
+Task<Result<bool>> FormatNode::reads_as_zero(Request& rq, uint64_t begin, uint64_t end) {
+    for (uint64_t pos = begin; pos < end;) {
+        Extent extent;
+        if (!hit(pos, end - pos, extent)) {
+            CO_TRY(extent, co_await miss(rq, pos, end - pos));
+        }
+        if (extent.kind == Kind::kData || extent.kind == Kind::kEncoded) co_return false;
+        uint64_t length = extent.length;
+        if (extent.kind == Kind::kUnallocated) {
+            CO_TRY(const BlockStatus status, co_await status_of(rq, extent, pos, length));
+            if (!status.zero) co_return false;
+            length = status.length;
+        }
+        pos += length;
+    }
+    co_return true;
+}
+
+}  // namespace gantry::block
