@@ -15,36 +15,39 @@ namespace gantry::block {
 
 class Graph;
 
-/// What a driver's open function gets. Main loop; the graph lock is held. When open fails, everything it opened is closed again.
+/// What a driver's open function gets. Main loop; the graph lock is held. When open fails, everything it opened is
+/// closed again.
 class OpenContext {
- public:
+  public:
     OpenContext(const OpenContext&) = delete;
     ~OpenContext();
     Graph& graph() const { return *graph_; }
     /// Validated driver options (without children's effects).
     schema::Options options() const { return schema::Options(*options_); }
     const std::string& node_name() const { return node_name_; }
-    /// After inheritance; a driver that cannot write returns kReadOnly from open unless read_only or auto_read_only is set.
+    /// After inheritance; a driver that cannot write returns kReadOnly from open unless read_only or auto_read_only is
+    /// set.
     const NodeFlags& flags() const { return flags_; }
 
-    /// Resolves the option `name`: a node name or an inline definition, inheriting flags; attaches it when the node is built.
-    /// kNotFound etc. with the reference's texts. `role` decides permissions. The returned node may be read with
+    /// Resolves the option `name`: a node name or an inline definition, inheriting flags; attaches it when the node is
+    /// built. kNotFound etc. with the reference's texts. `role` decides permissions. The returned node may be read with
     /// Request::internal() at once (it is open for consistent-read).
     Task<Result<Node*>> open_child(std::string_view name, ChildRole role);
-    /// The same for a file named by an image (backing file, data file): `definition` is options made by the driver; the child is
-    /// inline, and read-only for kBacking. Refused by the policy for names from images unless allowed (Graph::image_references()).
+    /// The same for a file named by an image (backing file, data file): `definition` is options made by the driver; the
+    /// child is inline, and read-only for kBacking. Refused by the policy for names from images unless allowed
+    /// (Graph::image_references()).
     Task<Result<Node*>> open_implicit(std::string_view name, ChildRole role, json::object definition);
     /// True when the option is present (and, for "backing", not null or empty).
     bool child_given(std::string_view name) const;
     /// "backing": null or "" -> explicitly none.
     bool child_refused(std::string_view name) const;
 
- private:
+  private:
     friend class Graph;
     friend class Reopen;
     OpenContext(Graph& graph, const json::object& options, std::string node_name, NodeFlags flags, int depth);
     const json::value* option(std::string_view name) const;
-    Task<Result<Node*>> adopt(std::string_view name, ChildRole role, std::shared_ptr<Node> node, bool is_inline);
+    Task<Result<Node*>> adopt(std::string name, ChildRole role, std::shared_ptr<Node> node, bool is_inline);
     void hand_over(Node& node);
 
     Graph* graph_ = nullptr;
@@ -54,9 +57,9 @@ class OpenContext {
     int depth_ = 0;
     struct Pending {
         std::unique_ptr<Child> child;
-        std::list<PermissionUser>::iterator user;   // holds the edge's permissions until the node exists
+        std::list<PermissionUser>::iterator user;  // holds the edge's permissions until the node exists
     };
-    std::vector<Pending> children_;   // handed to the node when open succeeds
+    std::vector<Pending> children_;  // handed to the node when open succeeds
 };
 
 /// One row of the table.
@@ -67,7 +70,7 @@ struct Driver {
     std::span<const std::string_view> reopen_options = {};
     /// 0..100: how sure the driver is that the first `size` bytes are of its format (0: no format, or never probed).
     int (*probe)(const uint8_t* head, size_t size, std::string_view filename) = nullptr;
-    bool is_protocol = false;   // leaf; opened from a filename
+    bool is_protocol = false;  // leaf; opened from a filename
 };
 
 }  // namespace gantry::block

@@ -23,12 +23,12 @@ class JobManager;
 
 /// Which files an image may name (backing file, data file).
 struct ImageReferencePolicy {
-    bool allow_all = true;                       // what the operator's own command line and QMP imply (reference behaviour)
+    bool allow_all = true;  // what the operator's own command line and QMP imply (reference behaviour)
     std::vector<std::string> allowed_directories;  // with !allow_all
 };
 
 class Graph {
- public:
+  public:
     Graph(Runtime& runtime, std::span<const Driver> drivers, Observer* observer);
     /// Every root is detached and close_all() has run.
     ~Graph();
@@ -63,13 +63,15 @@ class Graph {
 
     // ---- Changes (one at a time: under the graph lock) ----
 
-    /// Quiesces every root above the nodes (and jobs, and the nodes' own activity), top-down. The caller holds mutex() from before
-    /// drain() until after undrain() of the same nodes; such pairs nest.
+    /// Quiesces every root above the nodes (and jobs, and the nodes' own activity), top-down. The caller holds mutex()
+    /// from before drain() until after undrain() of the same nodes; such pairs nest.
     Task<void> drain(std::span<Node* const> nodes);
     Task<void> undrain(std::span<Node* const> nodes);
-    /// kBusy naming the user when an exporter above `node` holds a plain descriptor and so would not see a change below it.
+    /// kBusy naming the user when an exporter above `node` holds a plain descriptor and so would not see a change below
+    /// it.
     Result<> check_not_leased(const Node& node) const;
-    /// All parents of `from` (roots included, except `keep`) point to `to` afterwards. Drained, permissions checked, all or nothing.
+    /// All parents of `from` (roots included, except `keep`) point to `to` afterwards. Drained, permissions checked,
+    /// all or nothing.
     Task<Result<>> replace(Node& from, Node& to, const Node* keep = nullptr);
     /// Puts `filter` (open, its "file" child is `node`) between `node` and every parent but the filter.
     Task<Result<>> insert_above(Node& node, Node& filter);
@@ -87,45 +89,48 @@ class Graph {
     /// Closes every node (flushed, bitmaps stored). All roots are gone.
     Task<void> close_all();
 
- private:
+  private:
     friend class OpenContext;
     friend class GraphTransaction;
     friend class PermissionPass;
     friend class Reopen;
+    friend class SizeWatch;
 
     /// What one drain stopped; ended by end_drain() even when the graph has changed meanwhile.
     struct DrainSection {
         std::vector<Node*> key;
         std::vector<Root*> roots;
-        std::vector<std::shared_ptr<Node>> nodes;   // top-down
+        std::vector<std::shared_ptr<Node>> nodes;  // top-down
         bool active = false;
     };
     Task<void> begin_drain(DrainSection& section, std::vector<Node*> nodes);
     Task<void> end_drain(DrainSection& section);
-    std::vector<Root*> roots_above(std::span<Node* const> nodes) const;
+    /// The nodes and everything above them, parents before children.
+    static std::vector<Node*> nodes_above(std::span<Node* const> nodes);
+    static std::vector<Root*> roots_above(std::span<Node* const> nodes);
 
-    /// What must hold after permissions were computed: kMust refuses, kRelax (users went away) leaves alone what cannot be changed now.
+    /// What must hold after permissions were computed: kMust refuses, kRelax (users went away) leaves alone what cannot
+    /// be changed now.
     enum class PermMode : uint8_t { kMust, kRelax };
-    Task<Result<>> update_permissions(PermMode mode);
+    /// Computes, drains what changes and is live, prepares, calls `before_commit`, commits.
+    Task<Result<>> update_permissions(PermMode mode, std::function<void()> before_commit = {});
 
     Task<Result<std::shared_ptr<Node>>> open_node(json::object options, NodeFlags inherited, int depth);
     Result<> check_name(std::string_view name) const;
-    Task<Result<std::string>> probe_definition(const json::object& file_definition, NodeFlags flags, int depth);
-    Result<std::shared_ptr<Node>> still_open(Node& node) const;
+    Task<Result<std::string>> probe_definition(json::object file, NodeFlags flags, int depth);
+    Result<std::shared_ptr<Node>> still_open(std::shared_ptr<Node> node) const;
     /// Closes every node that nobody uses, then relaxes permissions.
     Task<void> close_unused();
     Task<void> close_node(std::shared_ptr<Node> node);
-    void notify_roots(std::span<Root* const> roots, const std::vector<std::pair<Root*, uint64_t>>& old_sizes,
-                      const std::vector<std::pair<Root*, Node*>>& old_nodes);
 
     Runtime& runtime_;
     std::span<const Driver> drivers_;
     Observer* observer_;
     AsyncMutex mutex_;
-    std::vector<std::shared_ptr<Node>> all_;          // every open node, oldest first
-    std::vector<std::string> opening_names_;          // of definitions being opened
-    std::list<PermissionUser> permission_users_;      // besides edges and roots
-    std::list<DrainSection> drains_;                  // of drain()
+    std::vector<std::shared_ptr<Node>> all_;      // every open node, oldest first
+    std::vector<std::string> opening_names_;      // of definitions being opened
+    std::list<PermissionUser> permission_users_;  // besides edges and roots
+    std::list<DrainSection> drains_;              // of drain()
     std::unique_ptr<JobManager> jobs_;
     ImageReferencePolicy image_references_;
     uint64_t next_name_ = 0;

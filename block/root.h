@@ -35,7 +35,7 @@ struct ChannelStats {
 /// The requests of one Root on one Loop. Its own loop only. Requests begun while quiesced wait here.
 /// Client-facing: bounds are checked here (kInvalid; for writes kNoSpace), statistics kept, the error policy applied.
 class Channel {
- public:
+  public:
     Channel(Root& root, Loop& loop);
     ~Channel();
     Channel(const Channel&) = delete;
@@ -53,8 +53,8 @@ class Channel {
     Task<Result<>> preload(uint64_t offset, uint64_t length);
     Task<Result<BlockStatus>> block_status(uint64_t offset, uint64_t length);
 
-    /// Plain non-blocking attempts (see Node::try_read): 0, -EAGAIN (also while quiesced), or -errno. Counted in the statistics
-    /// unless -EAGAIN. try_write never answers with kFua or when the root is writethrough.
+    /// Plain non-blocking attempts (see Node::try_read): 0, -EAGAIN (also while quiesced), or -errno. Counted in the
+    /// statistics unless -EAGAIN. try_write never answers with kFua or when the root is writethrough.
     int try_read(uint64_t offset, const IoVec& iov);
     int try_write(uint64_t offset, const IoVec& iov, WriteFlags flags);
 
@@ -64,42 +64,43 @@ class Channel {
     uint64_t in_flight() const { return in_flight_; }
     const ChannelStats& stats() const { return stats_; }
 
- private:
+  private:
     friend class Root;
     friend struct ChannelOp;
     Root& root_;
     Loop& loop_;
-    Node* node_ = nullptr;            // rewritten by the undrain message
-    uint64_t in_flight_ = 0;          // requests that a drain waits for (parked ones are not counted)
+    Node* node_ = nullptr;    // rewritten by the undrain message
+    uint64_t in_flight_ = 0;  // requests that a drain waits for (parked ones are not counted)
     uint32_t quiesced_ = 0;
-    Perm granted_ = Perm::kNone;      // what the root takes; rewritten like node_
+    Perm granted_ = Perm::kNone;  // what the root takes; rewritten like node_
     OnError on_read_error_;
     OnError on_write_error_;
     bool writethrough_;
     uint32_t inline_count_ = 0;
-    uint64_t inline_ns_ = 0;          // duration of the last inline request that was measured
+    uint64_t inline_ns_ = 0;  // duration of the last inline request that was measured
     uint64_t next_epoch_ = 1;
-    std::atomic<bool> event_pending_{false};
+    std::shared_ptr<std::atomic<bool>> event_pending_;  // an io_error event is on its way to the main loop
     WaitQueue resumed_;
-    WaitQueue idle_;                  // drain waits here for in_flight_ == 0
+    WaitQueue idle_;  // drain waits here for in_flight_ == 0
     WaitQueue parked_;
     ChannelStats stats_;
 };
 
 struct RootOptions {
     EdgePerms perms;
-    std::string user;                  // "an export", for refusals: "NBD export 'a'", "job 'b'"
-    std::string busy_text;             // "block device is in use by block job: backup": blockdev-del's refusal; empty: "Node X is in use"
+    std::string user;  // "an export", for refusals: "NBD export 'a'", "job 'b'"
+    std::string
+        busy_text;  // "block device is in use by block job: backup": blockdev-del's refusal; empty: "Node X is in use"
     OnError on_read_error = OnError::kReport;
     OnError on_write_error = OnError::kReport;
-    bool writethrough = false;         // every write carries kFua
-    std::function<void(uint64_t new_size)> on_resize;        // main loop, after undrain
-    std::function<void(Node& new_node)> on_node_changed;     // main loop, after undrain
+    bool writethrough = false;                            // every write carries kFua
+    std::function<void(uint64_t new_size)> on_resize;     // main loop, after undrain
+    std::function<void(Node& new_node)> on_node_changed;  // main loop, after undrain
 };
 
 /// A user of a node from outside the graph. Made by Graph::attach(); main loop only, except through its Channels.
 class Root {
- public:
+  public:
     ~Root();
     Root(const Root&) = delete;
 
@@ -114,7 +115,8 @@ class Root {
     Task<ChannelStats> stats();
     /// Lets requests parked by the error policy try again.
     Task<void> resume_parked();
-    /// Lets parked requests fail with their error, and later ones too (the policy becomes report): before a user goes away.
+    /// Lets parked requests fail with their error, and later ones too (the policy becomes report): before a user goes
+    /// away.
     Task<void> fail_parked();
     uint64_t parked() const { return parked_count_.load(std::memory_order_relaxed); }
 
@@ -122,12 +124,13 @@ class Root {
     Task<void> drain_begin();
     Task<void> drain_end();
 
-    /// A plain descriptor for exporters that bypass us; while it is held, changes that would break it are refused naming the user.
+    /// A plain descriptor for exporters that bypass us; while it is held, changes that would break it are refused
+    /// naming the user.
     Result<Node::Passthrough> lease_passthrough();
     void release_passthrough();
     bool passthrough_leased() const { return leased_; }
 
- private:
+  private:
     friend class Graph;
     friend class GraphTransaction;
     friend class PermissionPass;
@@ -136,6 +139,7 @@ class Root {
     Root(Graph& graph, std::shared_ptr<Node> node, RootOptions options);
     static Task<void> quiesce_channel(Channel* channel);
     static Task<void> resume_channel(Channel* channel, Node* node, Perm granted);
+    static Task<void> wake_parked(Channel* channel, bool report_from_now);
 
     Graph& graph_;
     std::shared_ptr<Node> node_;
@@ -144,6 +148,7 @@ class Root {
     std::atomic<uint64_t> parked_count_{0};
     uint32_t drained_ = 0;
     bool leased_ = false;
+    bool attached_ = false;
 };
 
 }  // namespace gantry::block
