@@ -22,16 +22,16 @@ enum class RemoveMode : uint8_t { kSafe, kHard };
 struct ExportContext {
     Runtime* runtime = nullptr;
     block::Graph* graph = nullptr;
-    std::unique_ptr<block::Root> root;     // attached with consistent-read (+ write), resize not shared
-    std::vector<Loop*> loops;               // where its units (connections, queues) are dealt; never empty
+    std::unique_ptr<block::Root> root;  // attached with consistent-read (+ write), resize not shared
+    std::vector<Loop*> loops;           // where its units (connections, queues) are dealt; never empty
     std::string id;
     bool writable = false;
-    json::object options;                   // validated BlockExportOptions
+    json::object options;  // validated BlockExportOptions
 };
 
 /// Main loop only. The registry calls start() once, then stop() once, then destroys it.
 class Export {
- public:
+  public:
     explicit Export(ExportContext context) : context_(std::move(context)) {}
     virtual ~Export() = default;
     const std::string& id() const { return context_.id; }
@@ -49,7 +49,7 @@ class Export {
     /// Extra members for `gantry status`: clients, address, counters.
     virtual json::object details() const { return {}; }
 
- protected:
+  protected:
     friend class Registry;
     ExportContext context_;
 };
@@ -69,8 +69,9 @@ struct ExportInfo {
 
 /// Main loop only. Also holds iothreads by name for the exports (objects of QMP register them here).
 class Registry {
- public:
-    Registry(Runtime& runtime, block::Graph& graph, std::span<const ExportType> types, std::function<void(std::string_view id)> deleted);
+  public:
+    Registry(Runtime& runtime, block::Graph& graph, std::span<const ExportType> types,
+             std::function<void(std::string_view id)> deleted);
     ~Registry();
 
     /// block-export-add with validated options. Texts: spec/qmp.md sections 3.2 and 10.
@@ -90,7 +91,7 @@ class Registry {
     Result<> remove_iothread(std::string_view name);
     Loop* iothread(std::string_view name) const;
 
- private:
+  private:
     struct Entry;
     Runtime& runtime_;
     block::Graph& graph_;

@@ -18,18 +18,18 @@ namespace gantry::nbd {
 class NbdExport;
 
 struct ServerOptions {
-    json::object address;                        // validated SocketAddress (flat)
-    uint32_t max_connections = 100;              // 0 = unlimited
-    std::chrono::seconds handshake_max{10};      // 0 = no limit
+    json::object address;                    // validated SocketAddress (flat)
+    uint32_t max_connections = 100;          // 0 = unlimited
+    std::chrono::seconds handshake_max{10};  // 0 = no limit
     /// Turns an address of type "fd" (a name or number) into a listening socket; from cli (socket activation, getfd).
     std::function<Result<UniqueFd>(std::string_view name)> resolve_fd;
 };
 
 /// One per process. Main loop only; connections live on the loops of their export after the handshake.
 class Server {
- public:
+  public:
     explicit Server(Runtime& runtime);
-    ~Server();   // stopped
+    ~Server();  // stopped
 
     bool running() const;
     /// nbd-server-start: "NBD server already running"; listens when it returns.
@@ -48,7 +48,7 @@ class Server {
     std::vector<std::string> uris() const;
     size_t connections() const;
 
- private:
+  private:
     struct Impl;
     std::unique_ptr<Impl> impl_;
 };

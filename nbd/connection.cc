@@ -1,0 +1,169 @@
+#include "nbd/connection.h"
+
+#include <sys/socket.h>
+
+#include <array>
+
+#include "nbd/export.h"
+#include "nbd/server.h"
+#include "runtime/cross_loop.h"
+#include "runtime/io.h"
+#include "runtime/log.h"
+#include "runtime/socket.h"
+
+namespace gantry::nbd {
+
+namespace {
+
+/// Options of one connection; nobody needs so many, and each costs the main loop time.
+constexpr unsigned kMaxOptions = 4096;
+
+/// The session on its loop; the descriptor is unknown to that loop afterwards.
+Task<SessionResult> transmit_here(int fd, block::Channel* channel, SessionConfig config, SessionCounters* counters) {
+    const SessionResult result = co_await serve_session(fd, *channel, std::move(config), *counters);
+    channel->loop().forget_fd(fd);
+    co_return result;
+}
+
+}  // namespace
+
+Connection::Connection(Server& server, const ExportDirectory& exports, UniqueFd fd, ConnectionLimits limits)
+    : server_(server), fd_(std::move(fd)), limits_(limits), peer_(peer_name(fd_.get())), handshake_(exports) {}
+
+Task<void> Connection::run() {
+    if (limits_.handshake_max.count() > 0) scope_.spawn(enforce_time_limit());
+    const bool entered = co_await negotiate();
+    time_limit_.cancel();
+    co_await scope_.join();
+    Loop::current().forget_fd(fd_.get());
+    if (entered) co_await transmit();
+    fd_.reset();
+}
+
+void Connection::cut() {
+    if (fd_) ::shutdown(fd_.get(), SHUT_RDWR);
+}
+
+Task<void> Connection::enforce_time_limit() {
+    const bool expired = co_await time_limit_.after(limits_.handshake_max);
+    if (!expired) co_return;
+    log::debug("NBD client {}: no handshake within {} s, disconnected", peer_, limits_.handshake_max.count());
+    cut();
+}
+
+Task<bool> Connection::negotiate() {
+    std::array<uint8_t, kGreetingSize> greeting;
+    encode_greeting(greeting.data(), kFlagFixedNewstyle | kFlagNoZeroes);
+    bool alive = co_await send(greeting);
+    std::array<uint8_t, kClientFlagsSize> flags;
+    if (alive) alive = co_await receive(flags);
+    if (!alive) co_return false;
+    if (!handshake_.client_flags(load_big<uint32_t>(flags.data()))) {
+        violation_ = "unknown client flags";
+        co_return false;
+    }
+    std::vector<uint8_t> payload, out;
+    for (unsigned options = 0; options < kMaxOptions; ++options) {
+        std::array<uint8_t, kOptionHeaderSize> bytes;
+        alive = co_await receive(bytes);
+        if (!alive) co_return false;
+        const OptionHeader header = decode_option(bytes.data());
+        if (header.magic != kOptionMagic) {
+            violation_ = "an option has a wrong magic number";
+            co_return false;
+        }
+        out.clear();
+        HandshakeStep step;
+        if (header.length > kMaxSkippedOption) {
+            violation_ = "an option is too long";
+            co_return false;
+        }
+        if (header.length > kMaxOptionPayload) {
+            alive = co_await skip(header.length);
+            if (!alive) co_return false;
+            step = handshake_.oversized_option(header.option, out);
+        } else {
+            payload.resize(header.length);
+            alive = co_await receive(payload);
+            if (!alive) co_return false;
+            step = handshake_.option(header.option, payload, out);
+        }
+        if (step == HandshakeStep::kEnter) {
+            // In the same turn as the answer was made: the export cannot be gone, and from now on its removal cuts us
+            // off.
+            export_ = server_.find(handshake_.result().export_name);
+            CHECK(export_, "an export that was just found exists");
+            loop_ = &export_->attach(*this);
+        }
+        alive = co_await send(out);
+        if (step == HandshakeStep::kEnter) {
+            if (alive) co_return true;
+            export_->detach(*this);
+            co_return false;
+        }
+        if (!alive || step == HandshakeStep::kClose) co_return false;
+        // A client that floods options takes turns with everybody else.
+        if (options >= 16) co_await sleep_for(std::chrono::nanoseconds(0));
+    }
+    violation_ = "too many options";
+    co_return false;
+}
+
+Task<void> Connection::transmit() {
+    NbdExport& exp = *export_;
+    log::info("NBD client {} connected to export '{}'", peer_, exp.name());
+    SessionConfig config;
+    config.structured = handshake_.result().structured;
+    config.contexts = handshake_.result().contexts;
+    config.read_only = !exp.writable();
+    config.memory_limit = limits_.memory;
+    block::Channel* channel = co_await exp.root().channel(*loop_);
+    const SessionResult result =
+        co_await run_on(*loop_, transmit_here(fd_.get(), channel, std::move(config), &counters_));
+    if (result.end == SessionEnd::kViolation) violation_ = result.detail;
+    const char* how = result.end == SessionEnd::kDisconnect ? "" : " without saying good-bye";
+    log::info("NBD client {} left export '{}'{}", peer_, exp.name(), how);
+    exp.detach(*this);
+}
+
+json::object Connection::details() const {
+    return {{"address", peer_},
+            {"requests", counters_.requests.load(std::memory_order_relaxed)},
+            {"bytes-read", counters_.bytes_read.load(std::memory_order_relaxed)},
+            {"bytes-written", counters_.bytes_written.load(std::memory_order_relaxed)},
+            {"in-flight", counters_.in_flight.load(std::memory_order_relaxed)}};
+}
+
+Task<bool> Connection::receive(std::span<uint8_t> into) {
+    size_t have = 0;
+    while (have < into.size()) {
+        const int n = co_await io_recv(fd_.get(), into.data() + have, into.size() - have);
+        if (n <= 0) co_return false;
+        have += static_cast<size_t>(n);
+    }
+    co_return true;
+}
+
+Task<bool> Connection::skip(uint64_t bytes) {
+    std::vector<uint8_t> scratch(64u << 10);
+    while (bytes > 0) {
+        const size_t ask = static_cast<size_t>(std::min<uint64_t>(bytes, scratch.size()));
+        const int n = co_await io_recv(fd_.get(), scratch.data(), ask);
+        if (n <= 0) co_return false;
+        bytes -= static_cast<uint64_t>(n);
+        co_await sleep_for(std::chrono::nanoseconds(0));
+    }
+    co_return true;
+}
+
+Task<bool> Connection::send(std::span<const uint8_t> bytes) {
+    size_t sent = 0;
+    while (sent < bytes.size()) {
+        const int n = co_await io_send(fd_.get(), bytes.data() + sent, bytes.size() - sent);
+        if (n <= 0) co_return false;
+        sent += static_cast<size_t>(n);
+    }
+    co_return true;
+}
+
+}  // namespace gantry::nbd

@@ -1,0 +1,19 @@
+// NBD_OPT_STRUCTURED_REPLY: reads are answered with chunks from now on.
+
+#include "nbd/handshake/options.h"
+
+namespace gantry::nbd {
+
+HandshakeStep opt_structured_reply(Handshake& hs, Payload payload, OptionOutput& out) {
+    if (!payload.empty()) {
+        out.error(kRepErrInvalid, "STRUCTURED_REPLY takes no payload");
+    } else if (hs.structured()) {
+        out.error(kRepErrInvalid, "structured replies are already on");
+    } else {
+        hs.set_structured();
+        out.ack();
+    }
+    return HandshakeStep::kContinue;
+}
+
+}  // namespace gantry::nbd

@@ -1,0 +1,196 @@
+#include "nbd/listener.h"
+
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstddef>
+#include <cstring>
+
+#include "nbd/protocol.h"
+#include "runtime/log.h"
+#include "runtime/socket.h"
+#include "schema/options.h"
+
+namespace gantry::nbd {
+
+namespace {
+
+/// "Name" sockets live outside of the file system; without `tight` the name is padded to the whole of sun_path.
+Result<UniqueFd> listen_abstract(const std::string& name, bool tight) {
+    sockaddr_un un{};
+    un.sun_family = AF_UNIX;
+    if (name.size() + 1 > sizeof un.sun_path) {
+        return fail(ErrorKind::kInvalid, "abstract socket name '{}' is too long; at most {} bytes", name,
+                    sizeof un.sun_path - 1);
+    }
+    std::memcpy(un.sun_path + 1, name.data(), name.size());
+    const size_t used = offsetof(sockaddr_un, sun_path) + 1 + name.size();
+    UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+    if (!fd) return fail_errno(errno, "cannot create a socket");
+    const auto length = static_cast<socklen_t>(tight ? used : sizeof un);
+    if (::bind(fd.get(), reinterpret_cast<const sockaddr*>(&un), length) != 0) {
+        return fail_errno(errno, "Failed to bind abstract socket '{}'", name);
+    }
+    if (::listen(fd.get(), SOMAXCONN) != 0) return fail_errno(errno, "cannot listen on abstract socket '{}'", name);
+    return fd;
+}
+
+Result<ListenSocket> open_unix(const schema::Options& address) {
+    const std::string path = address.str("path");
+    if (address.flag("abstract")) {
+        TRY(UniqueFd fd, listen_abstract(path, address.flag("tight", true)));
+        return ListenSocket(std::move(fd), "", "%00" + percent_encode(path, "/"), false);
+    }
+    TRY(UniqueFd fd, listen_unix(path, 0, SOMAXCONN));
+    return ListenSocket(std::move(fd), "", percent_encode(path, "/"), true);
+}
+
+Result<ListenSocket> open_fd(const schema::Options& address,
+                             const std::function<Result<UniqueFd>(std::string_view)>& resolve_fd) {
+    const std::string name = address.str("str");
+    if (!resolve_fd) return fail(ErrorKind::kUnsupported, "file descriptor '{}' cannot be looked up here", name);
+    TRY(UniqueFd fd, resolve_fd(name));
+    CHECK_OK(check_listening_socket(fd.get()));
+    CHECK_OK(set_nonblocking(fd.get()));
+    CHECK_OK(set_cloexec(fd.get()));
+    const std::string local = local_name(fd.get());
+    constexpr std::string_view kUnix = "unix:";
+    if (!local.starts_with(kUnix)) return ListenSocket(std::move(fd), local, "", false);
+    // Whoever made the socket removes its file.
+    std::string path = local.substr(kUnix.size());
+    const bool abstract = path.starts_with('@');
+    if (abstract) path.erase(0, 1);
+    return ListenSocket(std::move(fd), "", (abstract ? "%00" : "") + percent_encode(path, "/"), false);
+}
+
+std::string authority(const std::string& host, int fd) {
+    const auto port = local_port(fd);
+    const bool any = host.empty() || host == "0.0.0.0" || host == "::";
+    std::string text = any ? "localhost" : host.find(':') == std::string::npos ? host : "[" + host + "]";
+    if (port && *port != kDefaultPort) text += fmt::format(":{}", *port);
+    return text;
+}
+
+Task<Result<std::vector<ListenSocket>>> open_inet(json::object object) {
+    const schema::Options address(object);
+    const std::string host = address.str("host");
+    std::string port = address.str("port");
+    InetFamilies families;
+    if (address.has("ipv4")) families.ipv4 = address.flag("ipv4");
+    if (address.has("ipv6")) families.ipv6 = address.flag("ipv6");
+    CO_TRY(const bool number, port_is_number(port));
+    unsigned first = 0, last = 0;
+    if (number) first = last = static_cast<unsigned>(std::stoul(port));
+    if (address.has("to")) {
+        const int64_t to = address.integer("to");
+        if (!number || to < first || to > 65535) {
+            co_return fail(ErrorKind::kInvalid, "'to' ({}) is not a port from '{}' on", to, port);
+        }
+        last = static_cast<unsigned>(to);
+    }
+    for (unsigned at = first;; ++at) {
+        auto fds = co_await listen_inet(host, number ? std::to_string(at) : port, families, SOMAXCONN);
+        if (!fds) {
+            if (at < last && fds.error().errno_value() == EADDRINUSE) continue;
+            co_return std::unexpected(std::move(fds).error());
+        }
+        std::vector<ListenSocket> sockets;
+        for (UniqueFd& fd : *fds) {
+            std::string where = authority(host, fd.get());
+            sockets.emplace_back(std::move(fd), std::move(where), "", false);
+        }
+        co_return std::move(sockets);
+    }
+}
+
+}  // namespace
+
+ListenSocket::ListenSocket(UniqueFd fd, std::string uri_authority, std::string uri_query, bool owns_path_of_unix)
+    : fd_(std::move(fd)), authority_(std::move(uri_authority)), query_(std::move(uri_query)) {
+    if (!owns_path_of_unix) return;
+    path_ = local_name(fd_.get()).substr(std::strlen("unix:"));
+    struct stat st;
+    if (::lstat(path_.c_str(), &st) != 0) {
+        path_.clear();
+        return;
+    }
+    device_ = st.st_dev;
+    inode_ = st.st_ino;
+}
+
+ListenSocket::ListenSocket(ListenSocket&& other) noexcept
+    : fd_(std::move(other.fd_)),
+      authority_(std::move(other.authority_)),
+      query_(std::move(other.query_)),
+      path_(std::exchange(other.path_, {})),
+      device_(other.device_),
+      inode_(other.inode_) {}
+
+ListenSocket::~ListenSocket() {
+    struct stat st;
+    if (path_.empty() || ::lstat(path_.c_str(), &st) != 0) return;
+    // Somebody may have put another socket in its place meanwhile.
+    if (st.st_dev != device_ || st.st_ino != inode_) return;
+    if (::unlink(path_.c_str()) != 0) log::warn("cannot remove socket '{}': {}", path_, errno_text(errno));
+}
+
+std::string ListenSocket::uri(std::string_view export_name) const {
+    const std::string name = percent_encode(export_name, "/");
+    if (is_unix()) return fmt::format("nbd+unix:///{}?socket={}", name, query_);
+    return fmt::format("nbd://{}/{}", authority_, name);
+}
+
+Result<bool> port_is_number(std::string_view port) {
+    if (port.empty())
+        return fail(ErrorKind::kInvalid, "the port is empty; give a number from 0 to 65535 or a service name");
+    const bool number = std::ranges::all_of(port, [](char c) { return c >= '0' && c <= '9'; });
+    if (number && (port.size() > 5 || std::stoul(std::string(port)) > 65535)) {
+        return fail(ErrorKind::kInvalid, "port '{}' is not a number from 0 to 65535", port);
+    }
+    if (!number && (port[0] == '-' || port[0] == '+')) {
+        return fail(ErrorKind::kInvalid, "port '{}' is not a number from 0 to 65535", port);
+    }
+    return number;
+}
+
+Task<Result<std::vector<ListenSocket>>> open_listeners(json::object object,
+                                                       std::function<Result<UniqueFd>(std::string_view)> resolve_fd) {
+    const schema::Options address(object);
+    const std::string type = address.str("type");
+    if (type == "inet") {
+        auto sockets = co_await open_inet(object);
+        co_return sockets;
+    }
+    std::vector<ListenSocket> sockets;
+    if (type == "unix") {
+        CO_TRY(auto socket, open_unix(address));
+        sockets.push_back(std::move(socket));
+    } else if (type == "fd") {
+        CO_TRY(auto socket, open_fd(address, resolve_fd));
+        sockets.push_back(std::move(socket));
+    } else {
+        co_return fail(ErrorKind::kUnsupported, "socket address type '{}' is not served; use inet, unix or fd", type);
+    }
+    co_return std::move(sockets);
+}
+
+std::string percent_encode(std::string_view text, std::string_view keep) {
+    std::string out;
+    for (const char c : text) {
+        const bool plain = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
+                           std::string_view("-._~").find(c) != std::string_view::npos ||
+                           keep.find(c) != std::string_view::npos;
+        if (plain) {
+            out += c;
+        } else {
+            out += fmt::format("%{:02X}", static_cast<unsigned char>(c));
+        }
+    }
+    return out;
+}
+
+}  // namespace gantry::nbd
