@@ -1,0 +1,73 @@
+#include "block/formats/qcow2/snapshot_table.h"
+
+#include "block/formats/qcow2/be.h"
+#include "block/formats/qcow2/refusal.h"
+
+namespace gantry::block::qcow2 {
+
+namespace {
+
+constexpr size_t kFixedBytes = 40;
+constexpr size_t kKnownExtraBytes = 24;
+
+std::string text(std::span<const uint8_t> bytes) { return std::string(bytes.begin(), bytes.end()); }
+
+}  // namespace
+
+Result<std::optional<std::vector<Snapshot>>> parse_snapshot_table(std::span<const uint8_t> table, uint32_t count,
+                                                                  bool complete, std::string_view node) {
+    std::vector<Snapshot> snapshots;
+    size_t at = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        const auto missing = [&]() -> Result<std::optional<std::vector<Snapshot>>> {
+            if (!complete) return std::nullopt;
+            return refuse_corrupt(node, "Failed to read snapshot table",
+                                  "entry {} of {} at byte {} of the table does not fit into its {} bytes", i, count, at,
+                                  table.size());
+        };
+        if (at > table.size() || table.size() - at < kFixedBytes) return missing();
+        const uint8_t* p = table.data() + at;
+        Snapshot s;
+        s.l1_table_offset = load_be64(p);
+        s.l1_size = load_be32(p + 8);
+        const size_t id_bytes = load_be16(p + 12);
+        const size_t name_bytes = load_be16(p + 14);
+        s.date_sec = load_be32(p + 16);
+        s.date_nsec = load_be32(p + 20);
+        s.vm_clock_ns = load_be64(p + 24);
+        s.vm_state_size = load_be32(p + 32);
+        const size_t extra_bytes = load_be32(p + 36);
+        if (extra_bytes > kMaxSnapshotExtraBytes) {
+            return refuse_corrupt(node, fmt::format("Too much extra metadata in snapshot table entry {}", i),
+                                  "it announces {} bytes at byte {} of the table, more than {}", extra_bytes, at + 36,
+                                  kMaxSnapshotExtraBytes);
+        }
+        const size_t bytes = kFixedBytes + extra_bytes + id_bytes + name_bytes;
+        if (table.size() - at < bytes) return missing();
+        const std::span<const uint8_t> extra = table.subspan(at + kFixedBytes, extra_bytes);
+        if (extra_bytes >= 8) s.vm_state_size = load_be64(extra.data());
+        if (extra_bytes >= 16) s.disk_size = load_be64(extra.data() + 8);
+        if (extra_bytes >= 24) {
+            const auto icount = static_cast<int64_t>(load_be64(extra.data() + 16));
+            if (icount != -1) s.icount = icount;
+        }
+        if (extra_bytes > kKnownExtraBytes) s.unknown_extra.assign(extra.begin() + kKnownExtraBytes, extra.end());
+        s.id = text(table.subspan(at + kFixedBytes + extra_bytes, id_bytes));
+        s.name = text(table.subspan(at + kFixedBytes + extra_bytes + id_bytes, name_bytes));
+        snapshots.push_back(std::move(s));
+        at += (bytes + 7) & ~size_t{7};
+    }
+    return snapshots;
+}
+
+const Snapshot* find_snapshot(const std::vector<Snapshot>& snapshots, std::string_view id_or_name) {
+    for (const Snapshot& s : snapshots) {
+        if (s.id == id_or_name) return &s;
+    }
+    for (const Snapshot& s : snapshots) {
+        if (s.name == id_or_name) return &s;
+    }
+    return nullptr;
+}
+
+}  // namespace gantry::block::qcow2

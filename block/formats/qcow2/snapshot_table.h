@@ -1,0 +1,37 @@
+// The table of internal snapshots (spec/qcow2.md section 7). Pure; no I/O.
+
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "block/formats/qcow2/layout.h"
+#include "runtime/error.h"
+
+namespace gantry::block::qcow2 {
+
+struct Snapshot {
+    uint64_t l1_table_offset = 0;
+    uint32_t l1_size = 0;
+    uint32_t date_sec = 0, date_nsec = 0;
+    uint64_t vm_clock_ns = 0;
+    uint64_t vm_state_size = 0;
+    std::optional<uint64_t> disk_size;  // absent: that of the image
+    std::optional<int64_t> icount;
+    std::vector<uint8_t> unknown_extra;  // kept when the table is rewritten
+    std::string id, name;
+};
+
+/// Reads `count` entries from the first bytes of the table. nullopt: `table` holds too few bytes and `complete` is
+/// false. Errors: kCorrupt (extra data, or `complete` and the entries go on).
+Result<std::optional<std::vector<Snapshot>>> parse_snapshot_table(std::span<const uint8_t> table, uint32_t count,
+                                                                  bool complete, std::string_view node);
+
+/// The snapshot with this id, else the first with this name; null when there is none.
+const Snapshot* find_snapshot(const std::vector<Snapshot>& snapshots, std::string_view id_or_name);
+
+}  // namespace gantry::block::qcow2
