@@ -62,7 +62,7 @@ int init_ring(io_uring& ring, size_t& level, int& features) {
     int result = -EINVAL;
     for (; level < std::size(kLevels); ++level) {
         io_uring_params params{};
-        params.flags = kLevels[level].flags | IORING_SETUP_CQSIZE | IORING_SETUP_CLAMP;
+        params.flags = kLevels[level].flags | IORING_SETUP_CQSIZE | IORING_SETUP_CLAMP | IORING_SETUP_SUBMIT_ALL;
         params.cq_entries = kCqEntries;
         result = ::io_uring_queue_init_params(kSqEntries, &ring, &params);
         if (result == 0) {

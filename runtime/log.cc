@@ -1,12 +1,15 @@
 #include "runtime/log.h"
 
-#include <spdlog/sinks/stdout_sinks.h>
-#include <spdlog/spdlog.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <string>
+
+#include <spdlog/sinks/stdout_sinks.h>
+#include <spdlog/spdlog.h>
 
 namespace gantry::log {
 
@@ -31,8 +34,10 @@ spdlog::level::level_enum spdlog_level(Level level) {
 }
 
 bool stderr_is_journal() {
+    // systemd tells device and inode of the stream; a redirected stderr is another one.
     const char* stream = std::getenv("JOURNAL_STREAM");
-    return stream && *stream;
+    struct stat st;
+    return stream && ::fstat(STDERR_FILENO, &st) == 0 && fmt::format("{}:{}", st.st_dev, st.st_ino) == stream;
 }
 
 /// Under the journal each line begins with its priority ("<6>") and has no time of its own; elsewhere with time and

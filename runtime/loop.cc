@@ -207,10 +207,14 @@ void Loop::turn(const bool* done) {
 
 void Loop::idle() {
     Impl& in = *impl_;
-    const auto started = Clock::now();
     const auto next_timer = in.timers.next_deadline();
     const std::chrono::nanoseconds poll_limit = poll_max();
-    if (poll_limit.count() > 0 && in.poll_time.count() > 0) {
+    if (poll_limit.count() == 0) {
+        sleep(next_timer);
+        return;
+    }
+    const auto started = Clock::now();
+    if (in.poll_time.count() > 0) {
         in.poll_time = std::min(in.poll_time, poll_limit);
         const auto until = std::min(started + in.poll_time, next_timer);
         do {
@@ -219,15 +223,13 @@ void Loop::idle() {
         } while (Clock::now() < until);
     }
     if (in.ready.empty() && !in.has_posted()) sleep(next_timer);
-    if (poll_limit.count() > 0) {
-        // Poll longer when that would have caught the event, and not at all when it came long after.
-        const auto waited = Clock::now() - started;
-        if (waited > poll_limit) {
-            in.poll_time /= 2;
-            if (in.poll_time < kPollStart) in.poll_time = {};
-        } else if (waited > in.poll_time) {
-            in.poll_time = std::min(poll_limit, std::max(kPollStart, in.poll_time * 2));
-        }
+    // Poll longer when that would have caught the event, and less when it came long after.
+    const auto waited = Clock::now() - started;
+    if (waited > poll_limit) {
+        in.poll_time /= 2;
+        if (in.poll_time < kPollStart) in.poll_time = {};
+    } else if (waited > in.poll_time) {
+        in.poll_time = std::min(poll_limit, std::max(kPollStart, in.poll_time * 2));
     }
 }
 

@@ -181,7 +181,7 @@ Task<int> connect_until(int fd, const Address* address, Clock::time_point deadli
 }
 
 Clock::time_point deadline_after(std::chrono::nanoseconds timeout) {
-    return timeout.count() > 0 ? Clock::now() + timeout : Clock::time_point::max();
+    return timeout.count() > 0 ? deadline_in(timeout) : Clock::time_point::max();
 }
 
 }  // namespace

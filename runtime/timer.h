@@ -9,6 +9,12 @@
 
 namespace gantry {
 
+/// Now + `delay`; a delay too long for the clock means never.
+inline Clock::time_point deadline_in(std::chrono::nanoseconds delay) {
+    const auto now = Clock::now();
+    return delay > Clock::time_point::max() - now ? Clock::time_point::max() : now + delay;
+}
+
 /// A sleep that can be cut short: `Timer t; bool expired = co_await t.until(deadline);`, `t.cancel()` from another
 /// coroutine of the same loop makes it return false. Reusable; must be idle when destroyed.
 class Timer {
@@ -28,7 +34,7 @@ class Timer {
         deadline_ = deadline;
         return Awaiter{*this};
     }
-    Awaiter after(std::chrono::nanoseconds delay) { return until(Clock::now() + delay); }
+    Awaiter after(std::chrono::nanoseconds delay) { return until(deadline_in(delay)); }
     /// Does nothing when nobody sleeps. The sleeper is resumed by the ready list.
     void cancel();
     bool armed() const { return static_cast<bool>(waiter_); }

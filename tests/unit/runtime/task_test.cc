@@ -32,9 +32,7 @@ Task<int64_t> sum_of_awaits(int64_t n) {
     co_return sum;
 }
 
-Task<uintptr_t> stack_position() {
-    co_return reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
-}
+Task<uintptr_t> stack_position() { co_return reinterpret_cast<uintptr_t>(__builtin_frame_address(0)); }
 
 Task<size_t> stack_growth(int n) {
     const uintptr_t first = co_await stack_position();

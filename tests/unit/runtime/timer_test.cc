@@ -99,6 +99,23 @@ TEST_CASE("timer: never early", "[runtime][timer]") {
     CHECK(rt.run_on_io(measured_sleep(2ms)) >= 2ms);
 }
 
+Task<int> sleep_forever() {
+    Timer timer;
+    int outcome = 0;
+    TaskScope scope;
+    scope.spawn(sleep_on(&timer, std::chrono::nanoseconds::max(), &outcome));
+    co_await sleep_for(200us);
+    if (outcome != 0) co_return -1;
+    timer.cancel();
+    co_await scope.join();
+    co_return outcome;
+}
+
+TEST_CASE("timer: a delay beyond the clock never expires", "[runtime][timer]") {
+    TestRuntime rt;
+    CHECK(rt.run(sleep_forever()) == 2);
+}
+
 TEST_CASE("timer: destroying one with a sleeper aborts", "[runtime][timer][death]") {
     const auto text = test::abort_message([] {
         auto* rt = new TestRuntime({.backend = IoBackendKind::kEpoll, .io_loops = 0});
