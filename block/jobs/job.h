@@ -14,6 +14,7 @@
 #include "runtime/sync.h"
 #include "runtime/task.h"
 #include "runtime/task_scope.h"
+#include "runtime/timer.h"
 
 namespace gantry::block {
 
@@ -48,7 +49,8 @@ class Job {
     uint64_t progress_current() const { return current_; }
     uint64_t progress_total() const { return total_; }
     uint64_t speed() const { return options_.speed; }
-    bool busy() const { return busy_; }
+    /// Working, not asleep at a pause point.
+    bool busy() const { return running_ && !quiet_; }
     bool user_paused() const { return user_paused_; }
     bool cancelled() const { return cancelled_; }
     /// Null while it runs well.
@@ -62,13 +64,30 @@ class Job {
     virtual void commit() {}
     virtual void abort() {}
     virtual Task<void> clean() { co_return; }
-    /// job-complete in ready.
+    /// job-complete in ready or standby: run() is to finish at its next look. Default: refused.
     virtual Result<> complete();
 
-    /// Sleeps while paused (by the user or a drain); kCancelled when the job was cancelled.
+    /// Sleeps while paused (by the user or a drain); kCancelled when the job was cancelled. Only the user's pause shows in status().
     Task<Result<>> pause_point();
     /// Waits as the speed limit demands for `bytes` done; includes a pause point.
     Task<Result<>> pace(uint64_t bytes);
+    /// Sleeps at a pause point until woken (job-complete, job-cancel, pauses, wake()) or `limit` passed.
+    Task<Result<>> doze(std::chrono::nanoseconds limit);
+    /// Ends doze() and the sleep of pace().
+    void wake();
+
+    /// While it lives the job counts as sitting at a pause point: around waits for the graph (whose holder may be draining jobs).
+    /// The job holds neither a range lock nor a request, and calls pause_point() next.
+    class Quiet {
+     public:
+        explicit Quiet(Job& job);
+        ~Quiet();
+        Quiet(const Quiet&) = delete;
+
+     private:
+        Job& job_;
+        bool before_;
+    };
     /// running -> ready, with BLOCK_JOB_READY.
     void set_ready();
     void set_progress(uint64_t current, uint64_t total);
@@ -80,14 +99,20 @@ class Job {
     JobOptions options_;
     JobStatus status_ = JobStatus::kUndefined;
     JobManager* manager_ = nullptr;
-    uint64_t current_ = 0, total_ = 0;
-    uint32_t pause_count_ = 0;
-    bool user_paused_ = false, busy_ = false, cancelled_ = false, finalize_requested_ = false, at_pause_point_ = false;
+    uint64_t current_ = 0;
+    uint64_t total_ = 0;
+    bool user_paused_ = false;
+    bool running_ = false;    // run() is being executed
+    bool quiet_ = false;      // asleep at a pause point
+    bool cancelled_ = false;
+    bool finalize_requested_ = false;
     std::unique_ptr<Error> error_;
-    WaitQueue wake_;
-    WaitQueue paused_;     // drain waits here until the job sits at a pause point
-    uint64_t slice_bytes_ = 0;
-    int64_t slice_end_ns_ = 0;
+    WaitQueue wake_;          // pause points and pending sleep here
+    Timer timer_;             // pace() and doze()
+    Clock::time_point paid_until_{};  // what was done so far is within the speed limit from here on
+
+    bool should_pause() const;
+    Result<> cancelled_result() const;
 };
 
 class JobManager {
@@ -119,8 +144,16 @@ class JobManager {
  private:
     friend class Job;
     friend struct JobDriver;
+    Result<Job*> accept(std::string_view id, JobVerb verb) const;
+    void set_status(Job& job, JobStatus status);
+    void send(Job& job, std::string_view event);
+    void remove(Job& job);
+    bool all_quiet() const;
+
     Graph& graph_;
-    std::vector<std::unique_ptr<Job>> jobs_;
+    std::vector<std::unique_ptr<Job>> jobs_;   // oldest first
+    uint32_t internal_pauses_ = 0;
+    WaitQueue changed_;                        // a job went quiet, ended or vanished
     TaskScope scope_;
 };
 
