@@ -1,0 +1,144 @@
+// Writes: inline while the file is fast, else on the blocking pool; O_DIRECT through the loop's back end. And flushes.
+
+#include <fcntl.h>
+#include <limits.h>
+#include <sys/uio.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "block/protocols/file.h"
+#include "runtime/io.h"
+
+namespace gantry::block {
+
+namespace {
+
+/// More than this is copied by the pool, so that the loop stays responsive.
+constexpr size_t kInlineMax = 1 << 20;
+/// A buffered write that takes longer than this plus its copying was throttled or waited for the disk.
+constexpr int64_t kSlowNs = 1'000'000;
+/// Writes keep off the loop this long after a slow one.
+constexpr int64_t kSlowPeriodNs = 100'000'000;
+
+/// Copying at 1 byte per nanosecond is not yet a reason to call a write slow.
+bool is_slow(size_t bytes, int64_t took_ns) { return took_ns > kSlowNs + static_cast<int64_t>(bytes); }
+
+}  // namespace
+
+bool FileNode::write_inline_ok(size_t bytes, int64_t now_ns) const {
+    return bytes <= kInlineMax && now_ns >= slow_until_ns_.load(std::memory_order_relaxed);
+}
+
+/// After every write that has reached the file, also a failed one (part of it may have). No shared line is written when
+/// nothing changes.
+void FileNode::note_write(uint64_t end, size_t bytes, int64_t took_ns) {
+    if (!dirty_.load(std::memory_order_relaxed)) dirty_.store(true, std::memory_order_relaxed);
+    if (took_ns > kSlowNs && is_slow(bytes, took_ns)) {
+        slow_until_ns_.store(monotonic_ns() + kSlowPeriodNs, std::memory_order_relaxed);
+    }
+    if (end > size() && direct_.load(std::memory_order_relaxed)) padded_.store(true, std::memory_order_relaxed);
+}
+
+/// Inline: 0 or -errno.
+int FileNode::write_now(uint64_t offset, const IoVec& iov, int64_t begin_ns) {
+    const ssize_t n = ::pwritev(fd_.get(), iov.data, static_cast<int>(std::min<uint32_t>(iov.count, IOV_MAX)),
+                                static_cast<off_t>(offset));
+    int r = 0;
+    if (n < 0 && errno != EINTR) {
+        r = -errno;
+    } else if (static_cast<size_t>(n) != iov.bytes) {
+        const size_t done = n < 0 ? 0 : static_cast<size_t>(n);
+        const IoVecSlice rest(iov, done, iov.bytes - done);
+        r = write_all(fd_.get(), rest.view(), offset + done, 0);
+    }
+    note_write(offset + iov.bytes, iov.bytes, monotonic_ns() - begin_ns);
+    return r;
+}
+
+int FileNode::do_try_write(Request&, uint64_t offset, const IoVec& iov, WriteFlags flags) {
+    if (has(flags, WriteFlags::kFua) || direct_.load(std::memory_order_relaxed) ||
+        !writable_.load(std::memory_order_relaxed)) {
+        return -EAGAIN;
+    }
+    const int64_t now = monotonic_ns();
+    if (!write_inline_ok(iov.bytes, now)) return -EAGAIN;
+    const int r = write_now(offset, iov, now);
+    return r == -EAGAIN ? -EIO : r;
+}
+
+Task<int> FileNode::write_buffered(uint64_t offset, IoVec iov) {
+    const int64_t now = monotonic_ns();
+    if (write_inline_ok(iov.bytes, now)) co_return write_now(offset, iov, now);
+    auto write = writes_.write(fd_.get(), iov, offset);
+    const int r = co_await write;
+    note_write(offset + iov.bytes, iov.bytes, write.took_ns);
+    co_return r;
+}
+
+Task<int> FileNode::write_direct(uint64_t offset, IoVec iov, int rw_flags) {
+    size_t done = 0;
+    int r = 0;
+    while (done < iov.bytes) {
+        const IoVecSlice rest(iov, done, iov.bytes - done);
+        const int n = co_await io_writev(fd_.get(), rest.view(), offset + done, rw_flags);
+        if (n == -EINTR) continue;
+        if (n == -EAGAIN) {
+            const IoVec left = rest.view();
+            r = co_await run_blocking([&] { return write_all(fd_.get(), left, offset + done, rw_flags); });
+            break;
+        }
+        if (n <= 0) {
+            r = n < 0 ? n : -EIO;
+            break;
+        }
+        done += static_cast<size_t>(n);
+    }
+    note_write(offset + iov.bytes, iov.bytes, 0);
+    co_return r;
+}
+
+Task<Result<>> FileNode::do_write(Request&, uint64_t offset, IoVec iov, WriteFlags flags) {
+    const bool fua = has(flags, WriteFlags::kFua);
+    int r;
+    if (direct_.load(std::memory_order_relaxed)) {
+        r = co_await write_direct(offset, iov, fua ? RWF_DSYNC : 0);
+    } else if (fua) {
+        // Waits for the disk. Not through the write queue: these overlap there and share the journal's commits.
+        r = co_await run_blocking([&] { return write_all(fd_.get(), iov, offset, RWF_DSYNC); });
+        note_write(offset + iov.bytes, iov.bytes, 0);
+    } else {
+        r = co_await write_buffered(offset, iov);
+    }
+    if (fua) {
+        int failed = sync_error_.load(std::memory_order_relaxed);
+        if (r == -EIO && failed == 0) {
+            // The kernel reports a lost page once, here perhaps one of an earlier write: the next flush must not
+            // succeed.
+            sync_error_.store(EIO, std::memory_order_relaxed);
+        }
+        if (r == 0 && failed) r = -failed;
+    }
+    if (r < 0) co_return fail_errno(-r, "writing {} bytes to '{}' at {}", iov.bytes, filename(), offset);
+    co_return Result<>();
+}
+
+Task<Result<>> FileNode::do_flush(Request&) {
+    int e = sync_error_.load(std::memory_order_relaxed);
+    if (e == 0) {
+        dirty_.store(false, std::memory_order_relaxed);
+        do {
+            e = -co_await io_fdatasync(fd_.get());
+        } while (e == EINTR);
+        if (e) {
+            dirty_.store(true, std::memory_order_relaxed);
+            int none = 0;
+            sync_error_.compare_exchange_strong(none, e, std::memory_order_relaxed);
+        }
+    }
+    // Pages that could not be written are marked clean by the kernel: a later fdatasync would say yes without them.
+    if (e) co_return fail_errno(e, "flushing '{}'", filename());
+    co_return Result<>();
+}
+
+}  // namespace gantry::block
