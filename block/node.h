@@ -206,6 +206,9 @@ class Node : public std::enable_shared_from_this<Node> {
     EdgePerms cumulative_perms() const { return perms_; }
     const json::object& options() const { return options_; }   // as opened or last reopened, validated
     const std::vector<std::shared_ptr<DirtyBitmap>>& bitmaps() const { return bitmaps_; }
+    /// Main loop, drained. The name is not taken yet.
+    void add_bitmap(std::shared_ptr<DirtyBitmap> bitmap);
+    void remove_bitmap(const DirtyBitmap& bitmap);
     uint64_t wr_highest_offset() const { return wr_highest_.load(std::memory_order_relaxed); }
     /// From now on writes are tracked, so that kSerialising requests can exclude others. Main loop, drained (or before the first
     /// request); whoever will send kSerialising requests calls it first. Nodes with request_alignment > 1 need no call.

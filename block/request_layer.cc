@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "block/align.h"
+#include "block/bitmap.h"
 #include "runtime/loop.h"
 
 namespace gantry::block {
@@ -127,6 +128,16 @@ void Node::allow_fast_paths(bool read, bool write) {
 
 void Node::track_requests() {
     track_ = true;
+    update_fast_paths();
+}
+
+void Node::add_bitmap(std::shared_ptr<DirtyBitmap> bitmap) {
+    bitmaps_.push_back(std::move(bitmap));
+    update_fast_paths();
+}
+
+void Node::remove_bitmap(const DirtyBitmap& bitmap) {
+    std::erase_if(bitmaps_, [&](const auto& held) { return held.get() == &bitmap; });
     update_fast_paths();
 }
 
