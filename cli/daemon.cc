@@ -94,8 +94,9 @@ Task<Result<>> Daemon::apply_task(OptionUse option) {
         co_return Result<>();
     }
     if (option.name == "chardev") {
-        CO_TRY(json::object object,
-               parse_option(schema::type("ChardevOptions"), option.value, "backend", schema::KeyvalStyle::kFlat));
+        std::vector<std::string> warnings;
+        CO_TRY(json::object object, schema::parse_chardev(option.value, warnings));
+        for (const std::string& warning : warnings) log::warn("--chardev {}: {}", option.value, warning);
         co_return co_await monitors_.add_chardev(std::move(object));
     }
     if (option.name == "monitor") {

@@ -39,4 +39,8 @@ Result<OptionValue> parse_option_value(std::string_view text, std::string_view i
 Result<json::object> parse_option(const Type& type, std::string_view text, std::string_view implied_key,
                                   KeyvalStyle style = KeyvalStyle::kDotted);
 
+/// --chardev: ChardevOptions in the older syntax (or JSON), with the sentences that belong to it: `chardev: no id
+/// specified`, `'x' is not a valid char driver name`, `Invalid parameter 'x'`. Adds to `warnings`.
+Result<json::object> parse_chardev(std::string_view text, std::vector<std::string>& warnings);
+
 }  // namespace gantry::schema

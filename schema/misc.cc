@@ -24,21 +24,22 @@ constinit const Type kChardevBackend =
 
 constexpr Member kSocketMembers[] = {
     optional("path", kStr, "", "a unix socket; or host and port, or fd"),
-    optional("abstract", kBool, "off", "path is a name in the kernel's abstract name space"),
-    optional("tight", kBool, "on", "an abstract name ends with its last byte"),
     optional("host", kStr, "", "name or address to listen on"),
     optional("port", kStr, "", "port number or name of a service"),
-    optional("to", kUint16, "", "the last port to try, when the one given is taken"),
     optional("ipv4", kBool, "", "take IPv4 addresses, or do not"),
     optional("ipv6", kBool, "", "take IPv6 addresses, or do not"),
     optional("fd", kStr, "", "a listening socket that was inherited"),
     optional("server", kBool, "off", "listen instead of connecting"),
     optional("wait", kBool, "on", "do not start before a client has connected"),
-    optional("nodelay", kBool, "off", "send small packets at once (TCP)"),
 };
 constexpr std::string_view kNoTls = "not in this build: TLS is not built";
 constexpr std::string_view kNoTerminal = "not in this build: the monitor speaks plain QMP";
+constexpr std::string_view kPlainSocket = "not in this build: monitors take a path, host and port, or fd";
 constexpr Absent kSocketAbsent[] = {
+    {"abstract", kPlainSocket},
+    {"tight", kPlainSocket},
+    {"to", kPlainSocket},
+    {"nodelay", "not in this build: connections take the system's setting"},
     {"tls-creds", kNoTls},
     {"tls-authz", kNoTls},
     {"telnet", kNoTerminal},
@@ -49,10 +50,10 @@ constexpr Absent kSocketAbsent[] = {
 };
 constinit const Type kChardevSocket = struct_type("ChardevSocket", "A socket.", kSocketMembers, kSocketAbsent);
 
-constexpr Member kStdioMembers[] = {
-    optional("signal", kBool, "on", "the terminal's keys for signals keep their meaning"),
+constexpr Absent kStdioAbsent[] = {
+    {"signal", "not in this build: the terminal keeps its settings"},
 };
-constinit const Type kChardevStdio = struct_type("ChardevStdio", "Standard input and output.", kStdioMembers);
+constinit const Type kChardevStdio = struct_type("ChardevStdio", "Standard input and output.", {}, kStdioAbsent);
 
 constexpr Member kChardevMembers[] = {
     required("backend", kChardevBackend, "what kind of character device"),

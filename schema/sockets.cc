@@ -9,23 +9,25 @@ namespace {
 constexpr EnumValue kSocketAddressTypeValues[] = {
     {"inet", "TCP"},
     {"unix", "a unix socket"},
-    {"vsock", "a socket of the virtual machine monitor"},
     {"fd", "a socket that is open already"},
 };
+constexpr Absent kAbsentAddressTypes[] = {
+    {"vsock", "not in this build: vsock is not built; use inet, unix or fd"},
+};
 constinit const Type kSocketAddressType =
-    enum_type("SocketAddressType", "The kinds of socket addresses.", kSocketAddressTypeValues);
+    enum_type("SocketAddressType", "The kinds of socket addresses.", kSocketAddressTypeValues, kAbsentAddressTypes);
 
 constexpr Member kInetMembers[] = {
     required("host", kStr, "name or address; empty: all addresses"),
     required("port", kStr, "port number or name of a service; 0: one that is free"),
-    optional("numeric", kBool, "off", "host and port are numbers: do not ask the resolver"),
     optional("to", kUint16, "", "the last port to try, when the one given is taken"),
     optional("ipv4", kBool, "", "take IPv4 addresses, or do not"),
     optional("ipv6", kBool, "", "take IPv6 addresses, or do not"),
-    optional("keep-alive", kBool, "off", "let TCP notice a peer that is gone"),
 };
 constexpr Absent kInetAbsent[] = {
-    {"mptcp", "not in this build: multipath TCP is not supported"},
+    {"keep-alive", "not in this build: connections take the system's setting"},
+    {"mptcp", "not in this build: multipath TCP is not built"},
+    {"numeric", "not in this build: host and port always go through the resolver, which takes numbers as they are"},
 };
 constinit const Type kInetSocketAddress = struct_type("InetSocketAddress", "A TCP address.", kInetMembers, kInetAbsent);
 
@@ -35,12 +37,6 @@ constexpr Member kUnixMembers[] = {
     optional("tight", kBool, "on", "an abstract name ends with its last byte instead of being filled with zeroes"),
 };
 constinit const Type kUnixSocketAddress = struct_type("UnixSocketAddress", "A unix socket.", kUnixMembers);
-
-constexpr Member kVsockMembers[] = {
-    required("cid", kStr, "context id"),
-    required("port", kStr, "port number"),
-};
-constinit const Type kVsockSocketAddress = struct_type("VsockSocketAddress", "A vsock address.", kVsockMembers);
 
 constexpr Member kFdMembers[] = {
     required("str", kStr, "number of an inherited descriptor, or the name of one that was passed"),
@@ -53,7 +49,6 @@ constexpr Member kAddressMembers[] = {
 constexpr Variant kAddressVariants[] = {
     {"inet", &kInetSocketAddress},
     {"unix", &kUnixSocketAddress},
-    {"vsock", &kVsockSocketAddress},
     {"fd", &kFdSocketAddress},
 };
 
@@ -67,7 +62,7 @@ constinit const Type kSocketAddressLegacy = folding(
 
 namespace {
 constexpr const Type* kTypes[] = {
-    &kSocketAddressType, &kInetSocketAddress, &kUnixSocketAddress,   &kVsockSocketAddress,
+    &kSocketAddressType, &kInetSocketAddress, &kUnixSocketAddress,
     &kFdSocketAddress,   &kSocketAddress,     &kSocketAddressLegacy,
 };
 }  // namespace

@@ -23,7 +23,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
           Row{"ObjectOptions", "qom-type", KeyvalStyle::kDotted}, Row{"NbdServerOptions", "", KeyvalStyle::kDotted},
           Row{"MonitorOptions", "chardev", KeyvalStyle::kDotted},
           Row{"ChardevOptions", "backend", KeyvalStyle::kFlat}}) {
-        auto options = parse_option(type(row.type), input, row.implied, row.style);
+        std::vector<std::string> warnings;
+        auto options = row.style == KeyvalStyle::kFlat ? parse_chardev(input, warnings)
+                                                       : parse_option(type(row.type), input, row.implied, row.style);
         if (!options) continue;
         // What the command line yields is what QMP would accept.
         auto again = validate(type(row.type), *options);

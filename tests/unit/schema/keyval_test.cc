@@ -166,6 +166,37 @@ TEST_CASE("keyval: the older syntax has words without a value", "[schema][keyval
     CHECK(value->object.at("backend") == json::value("socket,id=c"));
 }
 
+TEST_CASE("keyval: --chardev has sentences of its own", "[schema][keyval]") {
+    struct Row {
+        std::string_view text, result;
+    };
+    const Row rows[] = {
+        {"socket", "chardev: no id specified"},
+        {"id=c", "chardev: \"c\" missing backend"},
+        {"zz,id=c", "'zz' is not a valid char driver name"},
+        {"socket,,id=c", "chardev: no id specified"},
+        {"socket,id=c,path=/x,foo=1", "Invalid parameter 'foo'"},
+        {"socket,id=c,path=/x,server=on,wait=maybe", "Parameter 'wait' expects 'on' or 'off'"},
+        {"socket,id=c,path=/x,server=on,wait=off",
+         R"({"backend": "socket", "id": "c", "path": "/x", "server": true, "wait": false})"},
+        {R"({"backend": "stdio", "id": "c"})", R"({"backend": "stdio", "id": "c"})"},
+    };
+    for (const Row& row : rows) {
+        INFO(row.text);
+        std::vector<std::string> warnings;
+        auto options = parse_chardev(row.text, warnings);
+        CHECK((options ? to_json(json::value(*options)) : options.error().message()) == row.result);
+        CHECK(warnings.empty());
+    }
+    std::vector<std::string> warnings;
+    auto known = parse_chardev("null,id=c", warnings);
+    REQUIRE_FALSE(known);
+    CHECK_THAT(known.error().message(),
+               Catch::StartsWith("'null' is not a valid char driver name; not in this build: "));
+    REQUIRE(parse_chardev("socket,id=c,path=/x,server,nowait", warnings));
+    CHECK(warnings.size() == 2);
+}
+
 TEST_CASE("keyval: keys are limited in length and depth", "[schema][keyval]") {
     const std::string name(130, 'a');
     CHECK(plain(name + "=1") == "Parameter '" + name + "' is too long");
