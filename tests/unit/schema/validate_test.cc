@@ -186,6 +186,24 @@ TEST_CASE("validate: old shapes become the new ones", "[schema][validate]") {
     }
 }
 
+TEST_CASE("validate: old spellings of members are renamed", "[schema][validate]") {
+    static constexpr std::string_view kOld[] = {"value", "rate"};
+    static const Member kMembers[] = {
+        {.name = "speed", .type = &type("int"), .aliases = kOld},
+        {.name = "device", .type = &type("str")},
+    };
+    static const Type kArguments = struct_type("", "", kMembers);
+    const auto run = [](std::string_view text) {
+        auto result = validate(kArguments, parse_json(text)->as_object());
+        return result ? to_json(json::value(*result)) : result.error().message();
+    };
+    CHECK(run(R"({"value": 5, "device": "d"})") == R"({"speed": 5, "device": "d"})");
+    CHECK(run(R"({"speed": 5, "device": "d"})") == R"({"speed": 5, "device": "d"})");
+    CHECK(run(R"({"speed": 5, "rate": 6, "device": "d"})") == "Parameter 'rate' is unexpected");
+    CHECK(run(R"({"rate": "x", "device": "d"})") == "Invalid parameter type for 'speed', expected: integer");
+    CHECK(run(R"({"device": "d"})") == "Parameter 'speed' is missing");
+}
+
 TEST_CASE("validate: good arguments pass in the order of the tables", "[schema][validate]") {
     CHECK(
         check("blockdev-add",
