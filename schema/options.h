@@ -14,7 +14,7 @@ namespace gantry::schema {
 /// A view of a validated object: members have the types the schema says, so the getters CHECK instead of failing.
 /// Absent members give the default. The object must outlive the view.
 class Options {
- public:
+  public:
     explicit Options(const json::object& object) : object_(&object) {}
 
     const json::object& raw() const { return *object_; }
@@ -50,7 +50,7 @@ class Options {
         return v->get_object();
     }
 
- private:
+  private:
     const json::object* object_;
 };
 
