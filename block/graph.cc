@@ -266,9 +266,11 @@ Task<Result<>> Graph::update_permissions(PermMode mode, std::function<void()> be
         }
         live.push_back(node);
     }
-    // A node may reopen its file here: nothing may be in flight on it.
+    // A node may reopen its file here: nothing may be in flight on it, from users or from the nodes above.
     DrainSection section;
-    if (!roots_above(live).empty()) co_await begin_drain(section, live);
+    const bool used = std::ranges::any_of(roots_above(live), &Root::attached_) ||
+                      std::ranges::any_of(live, [](const Node* node) { return !node->parents_.empty(); });
+    if (used) co_await begin_drain(section, live);
     Result<> ready = co_await pass.prepare();
     if (ready) {
         if (before_commit) before_commit();

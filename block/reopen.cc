@@ -47,26 +47,15 @@ Task<Result<>> Reopen::run(std::vector<json::object> options) {
     if (done) done = co_await tx_.begin(touched());
     if (done) {
         done = apply_edges();
+        tx_.on_undo([this] { abort(); });
         if (done) done = co_await prepare();
-        if (!done) {
-            abort();
-            co_await tx_.rollback();
-        } else {
+        if (done) {
             for (const Item& item : items_) tx_.set_flags(*item.node, item.flags);
-            tx_.on_commit([this] {
-                for (auto item = items_.rbegin(); item != items_.rend(); ++item) {
-                    item->node->options_ = std::move(item->options);
-                    item->node->inherited_ = item->inherited;
-                    item->node->commit_reopen();
-                    item->node->update_fast_paths();
-                }
-                for (const Edge& edge : edges_) {
-                    if (edge.opened) --edge.to->pins_;
-                }
-            });
+            tx_.on_commit([this] { commit(); });
             done = co_await tx_.commit();
             if (done) co_return done;
-            abort();
+        } else {
+            co_await tx_.rollback();
         }
     }
     for (const Edge& edge : edges_) {
@@ -220,6 +209,18 @@ Task<Result<>> Reopen::prepare() {
         item->prepared = true;
     }
     co_return Result<>();
+}
+
+void Reopen::commit() {
+    for (auto item = items_.rbegin(); item != items_.rend(); ++item) {
+        item->node->options_ = std::move(item->options);
+        item->node->inherited_ = item->inherited;
+        item->node->commit_reopen();
+        item->node->update_fast_paths();
+    }
+    for (const Edge& edge : edges_) {
+        if (edge.opened) --edge.to->pins_;
+    }
 }
 
 void Reopen::abort() {

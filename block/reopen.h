@@ -48,6 +48,7 @@ class Reopen {
     std::vector<Node*> touched() const;
     Result<> apply_edges();
     Task<Result<>> prepare();
+    void commit();
     void abort();
 
     Graph& graph_;

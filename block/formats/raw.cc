@@ -15,6 +15,9 @@ struct Window {
 
     static Result<Window> from(const json::object& options, uint64_t file_size) {
         const schema::Options o(options);
+        for (const char* name : {"offset", "size"}) {
+            if (o.integer(name) < 0) return fail(ErrorKind::kInvalid, "Parameter '{}' expects a >=0 value", name);
+        }
         Window window{.offset = o.size("offset"), .size = {}};
         if (o.has("size")) window.size = o.size("size");
         if (window.offset > file_size)
