@@ -77,6 +77,7 @@ struct TinyImage {
     /// One directory entry at `at`; its length is 32 bytes with a name of up to 8 bytes.
     TinyImage& bitmap_entry(uint64_t at, uint64_t table, uint32_t entries, uint32_t flags, uint8_t type,
                             uint8_t granularity, std::string_view name) {
+        grow(at + 32);
         return put64(at, table)
             .put32(at + 8, entries)
             .put32(at + 12, flags)
