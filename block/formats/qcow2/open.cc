@@ -78,9 +78,8 @@ Task<Result<>> open_data_file(OpenContext& ctx, const Image& image, std::string 
 /// The protocol node of a backing file given by name.
 Task<Result<json::object>> protocol_definition(std::string name) {
     CO_TRY(json::object protocol, protocol_options(name));
-    const json::value* path = protocol.if_contains("filename");
-    if (protocol["driver"] == "file" && path) {
-        const std::string filename(path->as_string());
+    if (protocol.at("driver") == "file") {
+        const std::string filename(protocol.at("filename").as_string());
         const bool is_device = co_await run_blocking([&] {
             struct stat st{};
             return ::stat(filename.c_str(), &st) == 0 && (S_ISBLK(st.st_mode) || S_ISCHR(st.st_mode));
