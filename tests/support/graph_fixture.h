@@ -25,9 +25,12 @@ inline json::object options_of(std::string text) {
 }
 
 struct GraphFixture {
-    explicit GraphFixture(block::Observer* observer = nullptr)
-        : drivers{block::kNullCoDriver, block::kNullAioDriver, block::kRawDriver, kMemoryDriver},
-          graph(std::make_unique<block::Graph>(*runtime.runtime, drivers, observer)) {}
+    /// `extra`: drivers of the test's own.
+    explicit GraphFixture(block::Observer* observer = nullptr, std::vector<block::Driver> extra = {})
+        : drivers{block::kNullCoDriver, block::kNullAioDriver, block::kRawDriver, kMemoryDriver} {
+        drivers.insert(drivers.end(), extra.begin(), extra.end());
+        graph = std::make_unique<block::Graph>(*runtime.runtime, drivers, observer);
+    }
     ~GraphFixture() {
         runtime.run(graph->close_all());
         graph.reset();
