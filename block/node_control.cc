@@ -51,6 +51,23 @@ Task<Result<>> Node::prepare_reopen(const json::object& options, const NodeFlags
     co_return Result<>();
 }
 
+namespace {
+
+/// What one would have to say to open the same thing again.
+json::object essence_of(const Node& node) {
+    json::object essence;
+    for (const auto& [key, value] : node.options()) {
+        if (!is_generic(key)) essence[key] = value;
+    }
+    for (const auto& edge : node.children()) {
+        // Elements of a list stay as they were given.
+        if (!edge->name.contains('.')) essence[edge->name] = essence_of(*edge->node);
+    }
+    return essence;
+}
+
+}  // namespace
+
 std::string Node::filename() const {
     static constexpr size_t kMaxBytes = 1023;
     const Child* below = child("file");
@@ -61,18 +78,7 @@ std::string Node::filename() const {
         std::string name = below->node->filename();
         if (!name.starts_with("json:")) return name;
     }
-    json::object essence;
-    for (const auto& [key, value] : options_) {
-        if (!is_generic(key) && !child(key)) essence[key] = value;
-    }
-    for (const auto& c : children_) {
-        json::object inner;
-        for (const auto& [key, value] : c->node->options_) {
-            if (!is_generic(key)) inner[key] = value;
-        }
-        essence[c->name] = std::move(inner);
-    }
-    std::string text = "json:" + schema::to_json(essence);
+    std::string text = "json:" + schema::to_json(essence_of(*this));
     if (text.size() > kMaxBytes) text.replace(kMaxBytes - 3, std::string::npos, "...");
     return text;
 }

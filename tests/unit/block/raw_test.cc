@@ -139,3 +139,19 @@ TEST_CASE("raw: limits are those of the file while the window keeps step with th
     CHECK(back == data);
     f.detach(std::move(root));
 }
+
+TEST_CASE("raw: its name is the file's, or says the window", "[block][raw]") {
+    Fixture f;
+    REQUIRE(f.add("{'driver':'raw','node-name':'r','file':'m'}") == "");
+    REQUIRE(f.add("{'driver':'raw','node-name':'w','offset':512,'read-only':true,'file':'r'}") == "");
+    CHECK(f.node("r").filename() == "memory://raw");
+    CHECK(
+        f.node("w").filename() ==
+        R"(json:{"driver": "raw", "offset": 512, "file": {"driver": "raw", "file": {"driver": "memory", "disk": "raw"}}})");
+    const std::string long_name(2000, 'x');
+    REQUIRE(f.add("{'driver':'raw','node-name':'l','offset':512,'file':{'driver':'memory','size':4096,'disk':'" +
+                  long_name + "'}}") == "");
+    CHECK(f.node("l").filename().size() == 1023);
+    CHECK(f.node("l").filename().ends_with("..."));
+    MemoryDisk::forget(long_name);
+}
