@@ -1,5 +1,7 @@
 #include "qmp/objects.h"
 
+#include <latch>
+
 #include "schema/options.h"
 
 namespace gantry::qmp {
@@ -47,6 +49,10 @@ Result<> Objects::add(const json::object& raw) {
                     pool_max);
     }
     TRY(thread.loop, runtime_.add_loop(id, std::chrono::nanoseconds(thread.poll_max_ns)));
+    // Its thread id is asked for by whoever wants to pin it: from the start, not once the thread was scheduled.
+    std::latch running(1);
+    thread.loop->post([&running] { running.count_down(); });
+    running.wait();
     if (auto added = exports_.add_iothread(id, thread.loop); !added) {
         runtime_.remove_loop(thread.loop);
         return added;

@@ -16,7 +16,8 @@ namespace gantry::qmp {
 namespace {
 
 constexpr size_t kMaxQueuedRequests = 8;               // then we stop reading, as the reference does
-constexpr size_t kMaxQueuedOutput = size_t{64} << 20;  // a client that never reads is dropped beyond this
+constexpr size_t kPauseAtOutput = size_t{1} << 20;     // then nothing more is executed until the client has read
+constexpr size_t kMaxQueuedOutput = size_t{64} << 20;  // events alone can get here: the client is dropped
 
 std::string_view class_name(QmpClass c) {
     switch (c) {
@@ -52,7 +53,6 @@ Task<void> Session::run() {
     co_await read_input();
     input_done_ = true;
     requests_changed_.notify_all();
-    output_changed_.notify_all();
     co_await scope_.join();
 }
 
@@ -83,25 +83,20 @@ Task<void> Session::read_input() {
 
 void Session::handle_message(Result<json::value> message) {
     Request request;
-    if (!message) {
-        reply_error(request, message.error());
-        return;
-    }
-    if (!message->is_object()) {
-        reply_error(request, Error(ErrorKind::kInvalid, "QMP input must be a JSON object"));
-        return;
-    }
-    const json::object& object = message->get_object();
-    if (const json::value* id = object.if_contains("id")) {
-        request.id = *id;
-        request.has_id = true;
-    }
     bool oob = false;
-    if (auto parsed = parse_request(object, request, oob); !parsed) {
-        reply_error(request, parsed.error());
-        return;
+    if (!message) {
+        request.malformed = std::move(message).error();
+    } else if (!message->is_object()) {
+        request.malformed = Error(ErrorKind::kInvalid, "QMP input must be a JSON object");
+    } else {
+        const json::object& object = message->get_object();
+        if (const json::value* id = object.if_contains("id")) {
+            request.id = *id;
+            request.has_id = true;
+        }
+        if (auto parsed = parse_request(object, request, oob); !parsed) request.malformed = std::move(parsed).error();
     }
-    if (oob) {
+    if (oob && !request.malformed) {
         // Nothing may run out of band: the answer overtakes what is queued.
         if (schema::find_command(request.name)) {
             reply_error(request, Error(ErrorKind::kUnsupported,
@@ -142,17 +137,22 @@ Result<> Session::parse_request(const json::object& message, Request& request, b
 Task<void> Session::execute_requests() {
     for (;;) {
         while (requests_.empty() && !input_done_ && !closing_) co_await requests_changed_.wait();
+        while (queued_bytes() > kPauseAtOutput && !closing_) co_await output_consumed_.wait();
         if (requests_.empty() || closing_) break;
         Request request = std::move(requests_.front());
         requests_.pop_front();
         requests_changed_.notify_all();
         co_await execute_one(std::move(request));
     }
-    input_done_ = true;
+    replies_done_ = true;
     output_changed_.notify_all();
 }
 
 Task<void> Session::execute_one(Request request) {
+    if (request.malformed) {
+        reply_error(request, *request.malformed);
+        co_return;
+    }
     if (request.name == "qmp_capabilities") {
         auto result = negotiate(request.arguments);
         reply(request, std::move(result));
@@ -167,8 +167,8 @@ Task<void> Session::execute_one(Request request) {
 }
 
 Result<json::value> Session::negotiate(const json::object& arguments) {
-    if (negotiated_) return not_found("Capabilities negotiation is already complete, command ignored");
     TRY(json::object valid, schema::validate_arguments(*schema::find_command("qmp_capabilities"), arguments));
+    if (negotiated_) return not_found("Capabilities negotiation is already complete, command ignored");
     if (const json::value* enable = valid.if_contains("enable")) oob_ = !enable->get_array().empty();
     negotiated_ = true;
     return json::value(json::object());
@@ -196,44 +196,64 @@ void Session::send_event(const json::object& event) {
 }
 
 void Session::queue_line(const json::object& line) {
-    if (output_.size() > kMaxQueuedOutput) {
-        log::warn("monitor: client does not read its replies, disconnecting queued_bytes={}", output_.size());
+    if (queued_bytes() > kMaxQueuedOutput) {
+        log::warn("monitor: client does not read its events, disconnecting queued_bytes={}", queued_bytes());
         close();
         return;
     }
-    schema::write_json(output_, line, pretty_ ? schema::JsonLayout::kPretty : schema::JsonLayout::kOneLine);
+    if (pretty_) {
+        for (char c : schema::to_json(line, schema::JsonLayout::kPretty)) {
+            if (c == '\n') output_ += '\r';
+            output_ += c;
+        }
+    } else {
+        schema::write_json(output_, line);
+    }
     output_ += "\r\n";
     output_changed_.notify_all();
 }
 
 Task<void> Session::write_output() {
     for (;;) {
-        while (output_.empty() && !input_done_ && !closing_) co_await output_changed_.wait();
+        while (output_.empty() && !replies_done_ && !closing_) co_await output_changed_.wait();
         if (output_.empty()) break;
-        std::string chunk = std::exchange(output_, {});
-        size_t written = 0;
-        while (written < chunk.size()) {
-            ssize_t n = ::write(out_, chunk.data() + written, chunk.size() - written);
-            if (n > 0) {
-                written += static_cast<size_t>(n);
-            } else if (errno == EAGAIN && !closing_) {
-                int events = co_await io_poll(out_, POLLOUT);
-                if (events < 0 || (events & (POLLERR | POLLHUP))) break;
-            } else if (errno != EINTR) {
-                break;
-            }
-        }
-        if (written < chunk.size()) {
+        chunk_ = std::exchange(output_, {});
+        bool written = co_await write_chunk();
+        chunk_.clear();
+        output_consumed_.notify_all();
+        if (!written) {
             close();
             break;
         }
     }
 }
 
+Task<bool> Session::write_chunk() {
+    size_t written = 0;
+    while (written < chunk_.size()) {
+        ssize_t n = ::write(out_, chunk_.data() + written, chunk_.size() - written);
+        if (n > 0) {
+            written += static_cast<size_t>(n);
+            continue;
+        }
+        if (n < 0 && errno == EINTR) continue;
+        if (n == 0 || errno != EAGAIN || closing_) co_return false;
+        CancellableIo wait(io_poll(out_, POLLOUT));
+        output_wait_ = &wait;
+        int events = co_await wait;
+        output_wait_ = nullptr;
+        if (closing_) continue;  // one last attempt: what fits still goes out
+        if (events < 0 || (events & (POLLERR | POLLHUP))) co_return false;
+    }
+    co_return true;
+}
+
 void Session::close() {
     if (closing_) return;
     closing_ = true;
     if (input_wait_) input_wait_->cancel();
+    if (output_wait_) output_wait_->cancel();
+    output_consumed_.notify_all();
     requests_changed_.notify_all();
     output_changed_.notify_all();
 }

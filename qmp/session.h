@@ -3,6 +3,7 @@
 #pragma once
 
 #include <deque>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -35,11 +36,14 @@ class Session {
         json::object arguments;
         json::value id;
         bool has_id = false;
+        std::optional<Error> malformed;  // answered in its turn, like a command
     };
 
     Task<void> read_input();
     Task<void> execute_requests();
     Task<void> write_output();
+    /// Writes chunk_; false when the client is gone or close() was called and it takes no more.
+    Task<bool> write_chunk();
     void handle_message(Result<json::value> message);
     /// Fills `request`; an error is for the client. `oob` is set for exec-oob.
     Result<> parse_request(const json::object& message, Request& request, bool& oob) const;
@@ -48,6 +52,7 @@ class Session {
     void reply(const Request& request, Result<json::value> result);
     void reply_error(const Request& request, const Error& error);
     void queue_line(const json::object& line);
+    size_t queued_bytes() const { return output_.size() + chunk_.size(); }
 
     Services& services_;
     int in_;
@@ -56,13 +61,17 @@ class Session {
     bool negotiated_ = false;
     bool oob_ = false;
     bool closing_ = false;
-    bool input_done_ = false;
-    CancellableIo* input_wait_ = nullptr;  // while read_input() sleeps
+    bool input_done_ = false;               // nothing more comes
+    bool replies_done_ = false;             // and everything that came is answered
+    CancellableIo* input_wait_ = nullptr;   // while read_input() sleeps
+    CancellableIo* output_wait_ = nullptr;  // while write_chunk() sleeps
     schema::JsonReader reader_;
     std::deque<Request> requests_;
     WaitQueue requests_changed_;
-    std::string output_;
-    WaitQueue output_changed_;
+    std::string output_;         // not yet being written
+    std::string chunk_;          // being written
+    WaitQueue output_changed_;   // more to write, or the end
+    WaitQueue output_consumed_;  // the client has read something
     TaskScope scope_;
 };
 
