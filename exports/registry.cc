@@ -213,18 +213,16 @@ Export* Registry::find(std::string_view id) const {
 }
 
 Task<void> Registry::remove_all(std::string_view type) {
+    const auto concerned = [&](const std::unique_ptr<Entry>& e) { return type.empty() || e->type == type; };
     for (;;) {
-        bool any = false;
         std::vector<std::string> ids;
         for (const auto& e : entries_) {
-            if (!type.empty() && e->type != type) continue;
-            any = true;
-            if (e->state == State::kRunning) ids.push_back(e->id);
+            if (concerned(e) && e->state == State::kRunning) ids.push_back(e->id);
         }
         for (const std::string& id : ids) {
             [[maybe_unused]] const Result<> begun = remove(id, RemoveMode::kHard);
         }
-        if (!any) break;
+        if (std::ranges::none_of(entries_, concerned)) break;
         // One that is being added is waited for, too.
         co_await impl_->changed.wait();
     }

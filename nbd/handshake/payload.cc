@@ -79,8 +79,8 @@ std::optional<ContextRequest> parse_context_request(std::span<const uint8_t> pay
             why = "a query does not fit the option's length";
             return std::nullopt;
         }
-        // Longer than any name can be: nothing we have, like every unknown query.
-        if (query.size() <= kMaxString) request.queries.push_back(query);
+        // Longer than any name can be: matches nothing, but a list with it is not an empty list.
+        request.queries.push_back(query.size() <= kMaxString ? query : std::string_view());
     }
     if (in.left() != 0) {
         why = "bytes left over after the last query";
