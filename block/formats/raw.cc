@@ -105,18 +105,15 @@ class RawNode final : public Filter {
     uint64_t at(uint64_t offset) const { return window_.offset + offset; }
 
     void follow(const Node& file) {
+        // The file's own request layer aligns and splits; were it done here too, a unit that reaches beyond an odd end
+        // would be refused below, and everything would be looked at twice.
         const Limits& lower = file.limits();
-        limits_ = lower;
-        auto keep = [this](uint32_t alignment) -> uint32_t {
-            return window_.offset % std::max<uint32_t>(alignment, 1) == 0 ? alignment : 1;
-        };
-        // Where the window is out of step with the file's units, the file's request layer does the whole work.
-        limits_.request_alignment = keep(lower.request_alignment);
-        limits_.discard_alignment = keep(lower.discard_alignment);
-        limits_.zeroes_alignment = keep(lower.zeroes_alignment);
-        if (limits_.request_alignment != lower.request_alignment) limits_.memory_alignment = 1;
-        limits_.can_grow_by_write = lower.can_grow_by_write && !window_.size;
+        limits_ = {};
+        limits_.supports_fua = true;
         limits_.supports_zeroes = true;
+        limits_.can_grow_by_write = lower.can_grow_by_write && !window_.size;
+        limits_.optimal_transfer =
+            std::max(lower.optimal_transfer, lower.request_alignment > 1 ? lower.request_alignment : 0);
         set_size(window_.length(file.size()));
     }
 

@@ -121,15 +121,15 @@ TEST_CASE("raw: it is resized with its file, unless its size is fixed", "[block]
     }
 }
 
-TEST_CASE("raw: limits are those of the file while the window keeps step with them", "[block][raw]") {
+TEST_CASE("raw: alignment is left to the file, in step with it or not", "[block][raw]") {
     Fixture f;
     REQUIRE(
         f.add("{'driver':'memory','node-name':'big','size':65536,'request-alignment':4096,'memory-alignment':512}") ==
         "");
     REQUIRE(f.add("{'driver':'raw','node-name':'aligned','offset':8192,'file':'big'}") == "");
     REQUIRE(f.add("{'driver':'raw','node-name':'odd','offset':512,'file':'big'}") == "");
-    CHECK(f.node("aligned").limits().request_alignment == 4096);
-    CHECK(f.node("odd").limits().request_alignment == 1);
+    CHECK(f.node("aligned").limits().request_alignment == 1);
+    CHECK(f.node("aligned").limits().optimal_transfer == 4096);
     auto root = f.attach("odd", GraphFixture::writer());
     Channel& channel = *f.run(root->channel(f.runtime.main_loop()));
     std::vector<uint8_t> data(5000, 0x42), back(5000);
