@@ -107,9 +107,6 @@ void FileNode::take_mode(const OpenedFile& file) {
     attributes_.block_size = file.block_size;
     direct_.store(file.direct, std::memory_order_relaxed);
     writable_.store(file.writable, std::memory_order_relaxed);
-    // Small folios for writers, the kernel's readahead for readers: see FileReadahead.
-    if (file.writable && !file.direct) (void)::posix_fadvise(fd_.get(), 0, 0, POSIX_FADV_RANDOM);
-    readahead_.reset();
     set_read_only(mode_.read_only || never_writable_);
 }
 
@@ -138,7 +135,6 @@ Task<Result<>> FileNode::do_resize(uint64_t new_size) {
     });
     if (r) co_return fail_errno(r, "Failed to resize '{}' to {} bytes", filename(), new_size);
     forget_data_extent();
-    readahead_.reset();
     dirty_.store(true, std::memory_order_relaxed);
     set_size(new_size);
     co_return Result<>();

@@ -13,7 +13,6 @@
 #include "block/protocols/file_locks.h"
 #include "block/protocols/file_open.h"
 #include "block/protocols/file_options.h"
-#include "block/protocols/file_readahead.h"
 #include "block/protocols/file_write_queue.h"
 #include "block/protocols/file_zeroes.h"
 
@@ -111,13 +110,13 @@ class FileNode : public Node {
     UniqueFd fd_;  // the number never changes while open
     std::atomic<bool> direct_{false};
     std::atomic<bool> writable_{false};
-    std::atomic<bool> nowait_{true};         // the file system has RWF_NOWAIT reads
-    std::atomic<bool> dirty_{false};         // written since the last flush began
-    std::atomic<bool> padded_{false};        // an O_DIRECT write may have made the file longer than size()
-    std::atomic<int64_t> slow_until_ns_{0};  // writes go to the pool until then
+    std::atomic<bool> nowait_{true};          // the file system has RWF_NOWAIT reads
+    std::atomic<bool> dirty_{false};          // written since the last flush began
+    std::atomic<bool> padded_{false};         // an O_DIRECT write may have made the file longer than size()
+    std::atomic<int64_t> slow_until_ns_{0};   // writes go to the pool until then
+    std::atomic<int64_t> slow_period_ns_{0};  // how long that was
     std::atomic<int64_t> seek_slow_until_ns_{0};
     std::atomic<int> sync_error_{0};  // errno of the first flush that failed; never reset
-    FileReadahead readahead_;
     FileWriteQueue writes_;
 
     // The last extent of data that was found. Holes are not remembered: others may fill them, and "data" is never

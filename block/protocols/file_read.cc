@@ -32,8 +32,7 @@ int FileNode::read_now(uint64_t offset, const IoVec& iov) {
 }
 
 int FileNode::do_try_read(Request&, uint64_t offset, const IoVec& iov) {
-    if (iov.bytes > kInlineMax || direct_.load(std::memory_order_relaxed) || !nowait_.load(std::memory_order_relaxed) ||
-        readahead_.due(offset, iov.bytes)) {
+    if (iov.bytes > kInlineMax || direct_.load(std::memory_order_relaxed) || !nowait_.load(std::memory_order_relaxed)) {
         return -EAGAIN;
     }
     const int n = read_now(offset, iov);
@@ -45,27 +44,14 @@ int FileNode::do_try_read(Request&, uint64_t offset, const IoVec& iov) {
 Task<Result<>> FileNode::do_read(Request& rq, uint64_t offset, IoVec iov) {
     const bool direct = direct_.load(std::memory_order_relaxed);
     const bool large = iov.bytes > kInlineMax;
-    const bool due = readahead_.due(offset, iov.bytes);
     size_t done = 0;
-    if (!direct && !large && !due && !rq.inline_tried && nowait_.load(std::memory_order_relaxed)) {
+    if (!direct && !large && !rq.inline_tried && nowait_.load(std::memory_order_relaxed)) {
         const int n = read_now(offset, iov);
         if (n > 0) done = static_cast<size_t>(n);
         if (done == iov.bytes) co_return Result<>();
     }
     int error = 0;
-    if (!direct && writable_.load(std::memory_order_relaxed)) {
-        const auto window = readahead_.take(offset, iov.bytes, size());
-        if (window || large) {
-            error = co_await run_blocking([&] {
-                // The request first: what it waits for is not to queue behind what nobody waits for yet.
-                if (window && done == 0 && !due) (void)::readahead(fd_.get(), static_cast<off_t>(offset), iov.bytes);
-                if (window) (void)::readahead(fd_.get(), static_cast<off_t>(window->offset), window->length);
-                return read_all(fd_.get(), iov, offset);
-            });
-            if (error) co_return fail_errno(-error, "reading {} bytes of '{}' at {}", iov.bytes, filename(), offset);
-            co_return Result<>();
-        }
-    } else if (large && !direct) {
+    if (large && !direct) {
         error = co_await run_blocking([&] { return read_all(fd_.get(), iov, offset); });
         if (error) co_return fail_errno(-error, "reading {} bytes of '{}' at {}", iov.bytes, filename(), offset);
         co_return Result<>();

@@ -18,8 +18,10 @@ namespace {
 constexpr size_t kInlineMax = 1 << 20;
 /// A buffered write that takes longer than this plus its copying was throttled or waited for the disk.
 constexpr int64_t kSlowNs = 1'000'000;
-/// Writes keep off the loop this long after a slow one.
-constexpr int64_t kSlowPeriodNs = 100'000'000;
+/// Writes keep off the loop this long after a slow one; longer each time when the next slow one follows soon. (On a
+/// busy machine a write is slow now and then because the thread had to wait for a processor.)
+constexpr int64_t kFirstSlowPeriodNs = 4'000'000;
+constexpr int64_t kLastSlowPeriodNs = 256'000'000;
 
 /// Copying at 1 byte per nanosecond is not yet a reason to call a write slow.
 bool is_slow(size_t bytes, int64_t took_ns) { return took_ns > kSlowNs + static_cast<int64_t>(bytes); }
@@ -35,7 +37,12 @@ bool FileNode::write_inline_ok(size_t bytes, int64_t now_ns) const {
 void FileNode::note_write(uint64_t end, size_t bytes, int64_t took_ns) {
     if (!dirty_.load(std::memory_order_relaxed)) dirty_.store(true, std::memory_order_relaxed);
     if (took_ns > kSlowNs && is_slow(bytes, took_ns)) {
-        slow_until_ns_.store(monotonic_ns() + kSlowPeriodNs, std::memory_order_relaxed);
+        const int64_t now = monotonic_ns();
+        const int64_t last = slow_period_ns_.load(std::memory_order_relaxed);
+        const bool soon = now < slow_until_ns_.load(std::memory_order_relaxed) + 8 * last;
+        const int64_t period = soon ? std::clamp(last * 2, kFirstSlowPeriodNs, kLastSlowPeriodNs) : kFirstSlowPeriodNs;
+        slow_period_ns_.store(period, std::memory_order_relaxed);
+        slow_until_ns_.store(now + period, std::memory_order_relaxed);
     }
     if (end > size() && direct_.load(std::memory_order_relaxed)) padded_.store(true, std::memory_order_relaxed);
 }

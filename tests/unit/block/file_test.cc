@@ -143,7 +143,7 @@ TEST_CASE("file: try_read answers from the page cache and never waits for the di
         if (r == 0) CHECK((back == data.substr(offset, 4096)));
         CHECK((f.read(node, offset, 4096) == data.substr(offset, 4096)));
     }
-    // Sequential reads of a cold file that is open for writing (own readahead) are right, too.
+    // And sequential reads of a cold file.
     REQUIRE(::posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED) == 0);
     std::string all;
     for (size_t at = 0; at < kMiB; at += 16384) all += f.read(node, at, 16384);
@@ -460,35 +460,6 @@ TEST_CASE("file: the write queue writes everything in order from several loops",
     for (unsigned i = 0; i < rt.io_loop_count() * kWrites; ++i) {
         if (back.compare(i * 1000, 1000, pattern(1000, i)) != 0) FAIL("write " << i << " is not where it belongs");
     }
-}
-
-TEST_CASE("file: readahead follows sequential readers and no others", "[file]") {
-    FileReadahead ra;
-    constexpr uint64_t kSize = 64 * kMiB, kStep = 65536;
-    CHECK_FALSE(ra.due(0, kStep));
-    CHECK_FALSE(ra.take(40 * kMiB, kStep, kSize));
-    CHECK_FALSE(ra.take(10 * kMiB, kStep, kSize));
-    auto w = ra.take(10 * kMiB + kStep, kStep, kSize);
-    REQUIRE(w);
-    CHECK(w->offset == 10 * kMiB + 2 * kStep);
-    // Windows follow each other without a gap, grow, and are asked for before the reader has reached the end of the
-    // last.
-    uint64_t end = w->offset + w->length, last = w->length;
-    unsigned windows = 0;
-    for (uint64_t at = w->offset; at < kSize; at += kStep) {
-        CHECK(at < end);
-        if (!ra.due(at, kStep)) continue;
-        w = ra.take(at, kStep, kSize);
-        if (!w) break;
-        ++windows;
-        CHECK(w->offset == end);
-        CHECK((w->length >= last || w->offset + w->length == kSize));
-        last = w->length;
-        end += w->length;
-    }
-    CHECK(end == kSize);
-    CHECK((windows > 20 && windows < 60));
-    CHECK_FALSE(ra.due(20 * kMiB, kStep));
 }
 
 TEST_CASE("file: the alignment of O_DIRECT is found by reading where nobody tells it", "[file]") {
