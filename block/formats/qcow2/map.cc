@@ -17,10 +17,10 @@ void Qcow2Node::extend(MappingRun& run) const {
     while (!run.finished) {
         const uint64_t table = l2_table_offset(l1_entry(run.end()));
         if (table == 0) {
-            // A missing table is a table of zeroes: all its guest bytes at once.
-            const uint64_t table_end = ((run.end() >> g.l1_shift()) + 1) << g.l1_shift();
+            // A missing table is a table of zeroes: all its guest bytes at once. So is what no L1 entry describes.
+            const uint64_t index = run.end() >> g.l1_shift();
             Piece piece = describe_entry(g, 0, 0, run.end());
-            piece.length = table_end - run.end();
+            piece.length = (index < image_.l1.size() ? (index + 1) << g.l1_shift() : run.limit) - run.end();
             run.add(piece);
             continue;
         }

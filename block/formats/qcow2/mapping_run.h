@@ -14,7 +14,7 @@ struct MappingRun {
     uint64_t begin = 0, limit = 0;
     Piece first;                             // kind, host, ... of byte `begin`; first.length counts nothing
     uint64_t length = 0;                     // bytes described so far
-    uint32_t budget = 32768;                 // entries that may still be looked at: a call never holds up its loop
+    uint32_t budget = 1024;                  // entries that may still be looked at: a call never holds up its loop
     bool finished = false;                   // what follows is of another kind, or limit or budget is reached
     uint64_t bad_entry = 0, bad_bitmap = 0;  // with first.damage
 

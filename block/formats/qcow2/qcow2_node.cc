@@ -11,6 +11,7 @@ namespace gantry::block::qcow2 {
 
 namespace {
 
+constexpr uint64_t kDecodesAtOnce = 8;
 constexpr uint64_t kDecodedBytes = uint64_t{8} << 20;
 
 size_t decoded_capacity(uint64_t cluster_size) { return std::clamp<uint64_t>(kDecodedBytes / cluster_size, 4, 64); }
@@ -28,6 +29,7 @@ Qcow2Node::Qcow2Node(std::string name, NodeFlags flags, Image image, Graph& grap
       main_loop_(graph.runtime().main_loop()),
       observer_(graph.observer()),
       slice_shift_(slice_shift_of(image_)),
+      decode_slots_(kDecodesAtOnce),
       decoded_(decoded_capacity(image_.geometry.cluster_size())) {
     set_size(image_.disk_size);
     set_read_only(true);

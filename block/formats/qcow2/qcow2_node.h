@@ -20,6 +20,7 @@
 #include "block/formats/qcow2/mapping_run.h"
 #include "block/formats/qcow2/snapshot_table.h"
 #include "runtime/buffer.h"
+#include "runtime/sync.h"
 #include "runtime/task_scope.h"
 #include "runtime/timer.h"
 
@@ -102,6 +103,7 @@ class Qcow2Node final : public FormatNode {
     Observer* observer_;
     const uint32_t slice_shift_;  // log2 of the guest bytes of a slice
     std::unique_ptr<L2SliceCache> l2_cache_;
+    AsyncSemaphore decode_slots_;  // bounds the memory that decoding takes: requests beyond it queue
     DecodedClusters decoded_;
     std::mutex loads_mutex_;  // guards loads_; held for a search only
     std::vector<std::shared_ptr<SliceLoad>> loads_;

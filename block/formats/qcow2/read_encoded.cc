@@ -43,14 +43,20 @@ Task<Result<>> Qcow2Node::read_encoded(Request& rq, const Extent& extent, uint64
     const uint64_t cluster_bytes = geometry().cluster_size();
     if (in_cluster == 0 && iov.count == 1 && iov.bytes == cluster_bytes) {
         // All of it, into one place: nobody will ask for the rest.
-        co_return co_await decode(rq, blob, {static_cast<uint8_t*>(iov.data[0].iov_base), iov.data[0].iov_len});
+        co_await decode_slots_.acquire();
+        Result<> decoded =
+            co_await decode(rq, blob, {static_cast<uint8_t*>(iov.data[0].iov_base), iov.data[0].iov_len});
+        decode_slots_.release();
+        co_return decoded;
     }
     bool mine = false;
     const std::shared_ptr<DecodedClusters::Entry> entry = decoded_.find_or_begin(blob.offset, mine);
     if (mine) {
+        co_await decode_slots_.acquire();
         entry->data = Buffer::alloc(cluster_bytes);
         Result<> decoded = co_await decode(rq, blob, entry->data.span());
         if (!decoded) entry->error = std::move(decoded).error();
+        decode_slots_.release();
         decoded_.finish(entry);
     } else {
         co_await entry->done.wait();

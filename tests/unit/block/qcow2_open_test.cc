@@ -384,3 +384,45 @@ TEST_CASE("qcow2: data files named by an image are local files and nothing else"
         CHECK(f.filled_with(2048, 30720) == 0);
     }
 }
+
+TEST_CASE("qcow2: unused slices are dropped in time", "[qcow2][cache][slow]") {
+    Qcow2Fixture f;
+    REQUIRE(f.open_memory(TinyImage(), {{"cache-clean-interval", 1}}) == "");
+    CHECK(f.filled_with(0, 512) == 'a');
+    CHECK(f.image().l2_cache().resident() == 1);
+    CHECK(f.rt.run(wait_until([&] { return f.image().l2_cache().resident() == 0; })));
+    CHECK(f.filled_with(0, 512) == 'a');
+    CHECK(f.image().slice_loads() == 2);
+}
+
+TEST_CASE("qcow2: many readers of compressed clusters share the decoder", "[qcow2][compressed]") {
+    Qcow2Fixture f;
+    TinyImage image;
+    // One stored deflate block of 512 bytes per guest cluster, back to back.
+    const uint32_t blob = 5 + 512;
+    for (uint32_t i = 0; i < 64; i++) {
+        const uint64_t at = TinyImage::kData + uint64_t{i} * blob;
+        image.put8(at, 1).put16(at + 1, 0x0002).put16(at + 3, 0xfffd);
+        for (uint32_t b = 0; b < 512; b++) image.put8(at + 5 + b, static_cast<uint8_t>(i + 1));
+        image.put64(TinyImage::kL2 + i * 8, (uint64_t{1} << 62) | (uint64_t{1} << 61) | at);
+    }
+    REQUIRE(f.open_memory(image) == "");
+    struct Reads {
+        static Task<void> one(block::Channel* channel, uint64_t cluster, uint64_t at, uint64_t length, int* good) {
+            auto r = co_await read_channel(channel, cluster * 512 + at, length);
+            if (r && r->front() == cluster + 1 && r->back() == cluster + 1) ++*good;
+        }
+        static Task<void> all(block::Channel* channel, int* good) {
+            TaskScope scope;
+            for (uint64_t i = 0; i < 64; i++) {
+                scope.spawn(one(channel, i, 0, 512, good));
+                for (uint64_t part = 0; part < 4; part++) scope.spawn(one(channel, i, part * 128, 100, good));
+            }
+            co_await scope.join();
+        }
+    };
+    int good = 0;
+    f.rt.run_on_io(Reads::all(f.channel, &good));
+    CHECK(good == 64 * 5);
+    CHECK(f.image().decodes() <= 64 * 2);  // whole clusters into place, and one decode for all the parts of each
+}
