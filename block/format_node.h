@@ -15,15 +15,17 @@ namespace gantry::block {
 
 /// Where the bytes of a write go. Made by plan_write, ended by exactly one of commit_write / abort_write.
 struct WritePlan {
-    uint64_t guest_offset = 0;       // first byte covered; equals the asked offset
-    uint64_t length = 0;             // > 0, at most what was asked; FormatNode loops for the rest
+    uint64_t guest_offset = 0;  // first byte covered; equals the asked offset
+    uint64_t length = 0;        // > 0, at most what was asked; FormatNode loops for the rest
     Node* node = nullptr;
-    uint64_t host_offset = 0;        // where guest_offset lands; contiguous for the whole plan, the copied edges included
-    bool in_place = false;           // an existing mapping: nothing to copy, commit does nothing
-    uint64_t copy_begin = 0;         // guest range [copy_begin, guest_offset) and [guest_offset + length, copy_end) must be filled from the
-    uint64_t copy_end = 0;           // old contents (cluster or subcluster edges); equal to the ends when nothing is to be copied
-    bool fresh_reads_zero = false;   // the new place is known to read as zeroes: zero edges need no write
-    bool flush_copied_first = false; // copied bytes must be stable before commit_write (spec/qcow2.md section 12)
+    uint64_t host_offset = 0;  // where guest_offset lands; contiguous for the whole plan, the copied edges included
+    bool in_place = false;     // an existing mapping: nothing to copy, commit does nothing
+    uint64_t copy_begin =
+        0;  // guest range [copy_begin, guest_offset) and [guest_offset + length, copy_end) must be filled from the
+    uint64_t copy_end =
+        0;  // old contents (cluster or subcluster edges); equal to the ends when nothing is to be copied
+    bool fresh_reads_zero = false;    // the new place is known to read as zeroes: zero edges need no write
+    bool flush_copied_first = false;  // copied bytes must be stable before commit_write (spec/qcow2.md section 12)
     std::unique_ptr<struct PlanState> state;  // the format's own
 
     WritePlan();
@@ -38,24 +40,25 @@ struct PlanState {
 
 /// Reads, the backing chain, copy-on-write of partial clusters, zeroes and block_status over a format's map.
 ///
-/// In-flight list: whoever changes mappings (a plan, zeroes, discard, a compressed write) first claims the units it touches; claims
-/// that overlap run one after the other, in order of arrival. Reads and writes into existing mappings need no claim: a map stays
-/// valid until the request that asked ends, because a format hands freed places to retire() before it uses them again.
-/// Lock order: a claim, then the format's own locks.
+/// In-flight list: whoever changes mappings (a plan, zeroes, discard, a compressed write) first claims the units it
+/// touches; claims that overlap run one after the other, in order of arrival. Reads and writes into existing mappings
+/// need no claim: a map stays valid until the request that asked ends, because a format hands freed places to retire()
+/// before it uses them again. Lock order: a claim, then the format's own locks.
 class FormatNode : public Node {
- public:
+  public:
     FormatNode(std::string_view driver, std::string name, NodeFlags flags);
     ~FormatNode() override;
 
     // ---- What a format implements ----
 
     enum class MapResult : uint8_t { kHit, kNeedIo, kError };
-    /// A plain call on any loop: kHit fills `out`; kNeedIo: call load_map. kError never for lack of metadata in memory. `length` > 0,
-    /// the range lies inside size().
+    /// A plain call on any loop: kHit fills `out`; kNeedIo: call load_map. kError never for lack of metadata in memory.
+    /// `length` > 0, the range lies inside size().
     virtual MapResult map(uint64_t offset, uint64_t length, Extent& out) = 0;
     /// Brings the metadata in, then answers. kCorrupt / kIo on damage.
     virtual Task<Result<Extent>> load_map(Request& rq, uint64_t offset, uint64_t length) = 0;
-    /// kEncoded extents: decode guest bytes [offset, +iov.bytes) (inside the extent) into iov. On the blocking pool where it computes.
+    /// kEncoded extents: decode guest bytes [offset, +iov.bytes) (inside the extent) into iov. On the blocking pool
+    /// where it computes.
     virtual Task<Result<>> read_encoded(Request& rq, const Extent& extent, uint64_t offset, IoVec iov);
     /// transform extents: the bytes of [guest offset, host offset) were read / will be written; changed in place.
     virtual Task<Result<>> decode_in_place(Request& rq, uint64_t guest_offset, uint64_t host_offset, IoVec iov);
@@ -63,21 +66,21 @@ class FormatNode : public Node {
 
     // Writable formats. They call recycle_places() if space can be freed or moved while requests run.
 
-    /// Size of the aligned unit around `offset` that must belong to one plan: a cluster while it has no place, a subcluster once
-    /// it has one. Power of two; a plain call on any loop. Default: cluster_size(), at least 1.
+    /// Size of the aligned unit around `offset` that must belong to one plan: a cluster while it has no place, a
+    /// subcluster once it has one. Power of two; a plain call on any loop. Default: cluster_size(), at least 1.
     virtual uint32_t write_unit(uint64_t offset);
-    /// Called with [offset, offset + length) claimed, rounded out to write_unit(). Looks at the mapping under the format's own lock:
-    /// it may exist meanwhile (in_place). Edges to be copied lie inside the claim.
+    /// Called with [offset, offset + length) claimed, rounded out to write_unit(). Looks at the mapping under the
+    /// format's own lock: it may exist meanwhile (in_place). Edges to be copied lie inside the claim.
     virtual Task<Result<WritePlan>> plan_write(Request& rq, uint64_t offset, uint64_t length, WriteFlags flags);
-    /// Data and copies are written (and, if asked, flushed): make the mapping visible. On an error the format has undone the plan
-    /// itself; abort_write is not called.
+    /// Data and copies are written (and, if asked, flushed): make the mapping visible. On an error the format has
+    /// undone the plan itself; abort_write is not called.
     virtual Task<Result<>> commit_write(Request& rq, WritePlan& plan);
     /// The bytes could not be written: the old mapping stays.
     virtual Task<void> abort_write(Request& rq, WritePlan& plan);
     /// Bytes written to a plan's place need encode_in_place first.
     virtual bool transforms_writes() const { return false; }
-    /// Whole units only (zeroes_alignment / discard_alignment; the last one ends at size()); no plan is in flight in any cluster it
-    /// touches. kUnsupported (with nothing changed): data is written.
+    /// Whole units only (zeroes_alignment / discard_alignment; the last one ends at size()); no plan is in flight in
+    /// any cluster it touches. kUnsupported (with nothing changed): data is written.
     virtual Task<Result<>> zero_mapped(Request& rq, uint64_t offset, uint64_t length, WriteFlags flags);
     virtual Task<Result<>> discard_mapped(Request& rq, uint64_t offset, uint64_t length);
     /// One whole cluster (the last one ends at size()), claimed. kUnsupported: it is written plainly.
@@ -99,7 +102,7 @@ class FormatNode : public Node {
     int do_try_write(Request& rq, uint64_t offset, const IoVec& iov, WriteFlags flags) override;
     void children_changed() override { cache_children(); }
 
- protected:
+  protected:
     /// Null when there is none. Re-pointed while drained.
     Node* backing() const { return backing_ ? backing_->node.get() : nullptr; }
     Node& file() const { return *file_->node; }
@@ -108,14 +111,15 @@ class FormatNode : public Node {
     void cache_children();
     /// Once, before the first request: from now on requests are counted, so that retire() can wait for them.
     void recycle_places() { recycles_ = true; }
-    /// Runs `fn` when every request on this node that began before now has ended: no map in use names the place any more. A plain
-    /// function, on any thread; at once when no request runs, so the caller holds no lock that `fn` takes.
+    /// Runs `fn` when every request on this node that began before now has ended: no map in use names the place any
+    /// more. A plain function, on any thread; at once when no request runs, so the caller holds no lock that `fn`
+    /// takes.
     void retire(std::function<void()> fn) { epochs_.retire(std::move(fn)); }
 
- private:
+  private:
     /// A request that uses maps, for retire().
     class Pass {
-     public:
+      public:
         explicit Pass(FormatNode& node) : node_(node.recycles_ ? &node : nullptr) {
             if (node_) token_ = node_->epochs_.enter();
         }
@@ -124,7 +128,7 @@ class FormatNode : public Node {
         }
         Pass(const Pass&) = delete;
 
-     private:
+      private:
         FormatNode* node_;
         RequestEpochs::Token token_;
     };

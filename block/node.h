@@ -1,4 +1,5 @@
-// Node: a vertex of the block graph. The public verbs are the request layer (block/request_layer.cc); drivers implement do_*.
+// Node: a vertex of the block graph. The public verbs are the request layer (block/request_layer.cc); drivers implement
+// do_*.
 
 #pragma once
 
@@ -44,20 +45,20 @@ struct NodeFlags {
 
 /// What an edge is for; decides default permissions and where block_status and backing lookups go.
 enum class ChildRole : uint8_t {
-    kFiltered,   // a filter's (or raw's) only data child
-    kFile,       // metadata, and data when there is no kData child
-    kData,       // external data file
-    kBacking,    // what unallocated ranges read from
+    kFiltered,  // a filter's (or raw's) only data child
+    kFile,      // metadata, and data when there is no kData child
+    kData,      // external data file
+    kBacking,   // what unallocated ranges read from
 };
 
 /// An edge parent -> child. Owned by the parent node. Changed on the main loop while both ends are drained.
 struct Child {
     Node* parent = nullptr;
-    std::string name;                // "file", "backing", "data-file", "children.0"
+    std::string name;  // "file", "backing", "data-file", "children.0"
     ChildRole role = ChildRole::kFile;
     std::shared_ptr<Node> node;
-    EdgePerms perms;                 // as committed
-    bool is_inline = false;          // defined inside the parent's options: vanishes with it
+    EdgePerms perms;         // as committed
+    bool is_inline = false;  // defined inside the parent's options: vanishes with it
 };
 
 /// One internal snapshot, for ImageInfo.
@@ -79,13 +80,13 @@ struct ImageInfo {
     std::optional<bool> compressed;
     std::string backing_filename, full_backing_filename, backing_format;  // empty: none
     std::vector<SnapshotInfo> snapshots;
-    json::object format_specific;                                          // {type, data}; empty: none
+    json::object format_specific;  // {type, data}; empty: none
 };
 
 /// Threads: verbs with a Request run on the request's loop, any loop; everything else on the main loop unless noted.
 /// A node is kept alive by its parents (shared_ptr) on the control path and by drained graph changes on the data path.
 class Node : public std::enable_shared_from_this<Node> {
- public:
+  public:
     Node(std::string_view driver, std::string name, NodeFlags flags);
     virtual ~Node();
     Node(const Node&) = delete;
@@ -104,14 +105,16 @@ class Node : public std::enable_shared_from_this<Node> {
 
     /// Reads the whole of `iov` from `offset`. Beyond size(): zeroes.
     Task<Result<>> read(Request& rq, uint64_t offset, IoVec iov);
-    /// Errors: kReadOnly, kNoSpace (beyond size() and not growable), kIo, ... Serialised against overlapping read-modify-writes.
+    /// Errors: kReadOnly, kNoSpace (beyond size() and not growable), kIo, ... Serialised against overlapping
+    /// read-modify-writes.
     Task<Result<>> write(Request& rq, uint64_t offset, IoVec iov, WriteFlags flags = WriteFlags::kNone);
     /// The range reads as zeroes afterwards; falls back to writing zeroes in bounded pieces unless kNoFallback.
     Task<Result<>> write_zeroes(Request& rq, uint64_t offset, uint64_t length, WriteFlags flags);
-    /// A hint: shrinks inward to the discard alignment; ends here unless flags().discard is kUnmap. kUnsupported is swallowed.
+    /// A hint: shrinks inward to the discard alignment; ends here unless flags().discard is kUnmap. kUnsupported is
+    /// swallowed.
     Task<Result<>> discard(Request& rq, uint64_t offset, uint64_t length);
-    /// Everything acknowledged before the call is stable after it. Concurrent callers share one flush. After a failure that
-    /// leaves the page cache untrustworthy every later flush fails too.
+    /// Everything acknowledged before the call is stable after it. Concurrent callers share one flush. After a failure
+    /// that leaves the page cache untrustworthy every later flush fails too.
     Task<Result<>> flush(Request& rq);
     /// Brings [offset, +length) near (page cache, copy-on-read). Errors are hints too.
     Task<Result<>> preload(Request& rq, uint64_t offset, uint64_t length);
@@ -119,7 +122,8 @@ class Node : public std::enable_shared_from_this<Node> {
     Task<Result<BlockStatus>> block_status(Request& rq, uint64_t offset, uint64_t length);
 
     /// Non-blocking attempts, plain calls: 0 = done, -EAGAIN = use the coroutine, other -errno = failed.
-    /// try_read answers only when map and page cache can; try_write only without flags and when the driver may write inline now.
+    /// try_read answers only when map and page cache can; try_write only without flags and when the driver may write
+    /// inline now.
     int try_read(Request& rq, uint64_t offset, const IoVec& iov) {
         return fast_read_.load(std::memory_order_relaxed) && offset <= size() && iov.bytes <= size() - offset
                    ? do_try_read(rq, offset, iov)
@@ -136,11 +140,12 @@ class Node : public std::enable_shared_from_this<Node> {
     // ---- Driver part: called by the request layer with aligned, in-bounds, split requests ----
 
     virtual Task<Result<>> do_read(Request& rq, uint64_t offset, IoVec iov) = 0;
-    virtual Task<Result<>> do_write(Request& rq, uint64_t offset, IoVec iov, WriteFlags flags);          // default: kReadOnly
-    virtual Task<Result<>> do_write_zeroes(Request& rq, uint64_t offset, uint64_t length, WriteFlags flags);  // kUnsupported
-    virtual Task<Result<>> do_discard(Request& rq, uint64_t offset, uint64_t length);                     // kUnsupported
-    virtual Task<Result<>> do_flush(Request& rq);                                                         // ok
-    virtual Task<Result<>> do_preload(Request& rq, uint64_t offset, uint64_t length);                     // ok
+    virtual Task<Result<>> do_write(Request& rq, uint64_t offset, IoVec iov, WriteFlags flags);  // default: kReadOnly
+    virtual Task<Result<>> do_write_zeroes(Request& rq, uint64_t offset, uint64_t length,
+                                           WriteFlags flags);                          // kUnsupported
+    virtual Task<Result<>> do_discard(Request& rq, uint64_t offset, uint64_t length);  // kUnsupported
+    virtual Task<Result<>> do_flush(Request& rq);                                      // ok
+    virtual Task<Result<>> do_preload(Request& rq, uint64_t offset, uint64_t length);  // ok
     /// Default: all data.
     virtual Task<Result<BlockStatus>> do_block_status(Request& rq, uint64_t offset, uint64_t length);
     virtual int do_try_read(Request& rq, uint64_t offset, const IoVec& iov) { return -11; }
@@ -153,25 +158,30 @@ class Node : public std::enable_shared_from_this<Node> {
     /// Stops / restarts the node's own activity (write-back, timers, prefetch); requests are already drained.
     virtual Task<void> quiesce() { co_return; }
     virtual void unquiesce() {}
-    /// A drain that covers this node begins / has ended. Requests that wait inside the node (for a budget, for a lost server) are
-    /// let go meanwhile, so that the drain is bounded. drain_started() comes before requests are waited for and before quiesce().
+    /// A drain that covers this node begins / has ended. Requests that wait inside the node (for a budget, for a lost
+    /// server) are let go meanwhile, so that the drain is bounded. drain_started() comes before requests are waited for
+    /// and before quiesce().
     virtual void drain_started() {}
     virtual void drain_ended() {}
-    /// A child was re-pointed, attached or detached, or its size changed (drained): sizes, limits and cached pointers are taken again.
+    /// A child was re-pointed, attached or detached, or its size changed (drained): sizes, limits and cached pointers
+    /// are taken again.
     virtual void children_changed() {}
     /// Flushes and releases resources; no request will follow. Errors are logged.
     virtual Task<void> close() { co_return; }
 
-    /// What this node takes on `child`, given what its own parents take (union) and share (intersection). The default follows the role.
+    /// What this node takes on `child`, given what its own parents take (union) and share (intersection). The default
+    /// follows the role.
     virtual EdgePerms child_perms(const Child& child, EdgePerms from_parents) const;
-    /// Two-phase permission change on the final graph: prepare may fail and reopens or locks; then commit (cannot fail) or
-    /// abort. `perms` = union taken / intersection shared by all parents. Called when they changed, and once at opening.
+    /// Two-phase permission change on the final graph: prepare may fail and reopens or locks; then commit (cannot fail)
+    /// or abort. `perms` = union taken / intersection shared by all parents. Called when they changed, and once at
+    /// opening.
     virtual Task<Result<>> prepare_perms(EdgePerms perms) { co_return Result<>(); }
     virtual void commit_perms(EdgePerms perms) {}
     virtual void abort_perms() {}
 
-    /// Reopen with a new set of validated options: prepare checks and readies (nothing visible changes), commit switches,
-    /// abort forgets. The graph handles children and NodeFlags itself. Default: refuses a change of any driver option
+    /// Reopen with a new set of validated options: prepare checks and readies (nothing visible changes), commit
+    /// switches, abort forgets. The graph handles children and NodeFlags itself. Default: refuses a change of any
+    /// driver option
     /// ("Cannot change the option 'X'").
     virtual Task<Result<>> prepare_reopen(const json::object& options, const NodeFlags& flags);
     virtual void commit_reopen() {}
@@ -189,7 +199,9 @@ class Node : public std::enable_shared_from_this<Node> {
         int fd = -1;
         uint64_t offset = 0;
     };
-    virtual Result<Passthrough> passthrough() { return fail(ErrorKind::kUnsupported, "driver '{}' keeps no plain file", driver_); }
+    virtual Result<Passthrough> passthrough() {
+        return fail(ErrorKind::kUnsupported, "driver '{}' keeps no plain file", driver_);
+    }
     /// Network leaves: fails what is in flight so that a drain can end.
     virtual void cancel_in_flight() {}
 
@@ -204,17 +216,18 @@ class Node : public std::enable_shared_from_this<Node> {
     bool closed() const { return closed_; }
     /// Union of what all parents take / intersection of what they share, as committed.
     EdgePerms cumulative_perms() const { return perms_; }
-    const json::object& options() const { return options_; }   // as opened or last reopened, validated
+    const json::object& options() const { return options_; }  // as opened or last reopened, validated
     const std::vector<std::shared_ptr<DirtyBitmap>>& bitmaps() const { return bitmaps_; }
     /// Main loop, drained. The name is not taken yet.
     void add_bitmap(std::shared_ptr<DirtyBitmap> bitmap);
     void remove_bitmap(const DirtyBitmap& bitmap);
     uint64_t wr_highest_offset() const { return wr_highest_.load(std::memory_order_relaxed); }
-    /// From now on writes are tracked, so that kSerialising requests can exclude others. Main loop, drained (or before the first
-    /// request); whoever will send kSerialising requests calls it first. Nodes with request_alignment > 1 need no call.
+    /// From now on writes are tracked, so that kSerialising requests can exclude others. Main loop, drained (or before
+    /// the first request); whoever will send kSerialising requests calls it first. Nodes with request_alignment > 1
+    /// need no call.
     void track_requests();
 
- protected:
+  protected:
     void set_size(uint64_t bytes) { size_.store(bytes, std::memory_order_release); }
     /// Raises size() to at least `bytes` (a growing write); any loop.
     void grow_size(uint64_t bytes);
@@ -223,7 +236,7 @@ class Node : public std::enable_shared_from_this<Node> {
     void allow_fast_paths(bool read, bool write);
     Limits limits_;
 
- private:
+  private:
     friend class Graph;
     friend class GraphTransaction;
     friend class OpenContext;
@@ -232,8 +245,8 @@ class Node : public std::enable_shared_from_this<Node> {
     friend class PermissionPass;
     friend class Reopen;
 
-    /// Combines what the driver allows with limits, bitmaps, detect-zeroes, tracking and read-only; whoever changes one of those
-    /// calls it (main loop, drained).
+    /// Combines what the driver allows with limits, bitmaps, detect-zeroes, tracking and read-only; whoever changes one
+    /// of those calls it (main loop, drained).
     void update_fast_paths();
     /// wr_highest_offset() is at least `end` afterwards; any loop.
     void note_highest(uint64_t end) {
@@ -252,25 +265,25 @@ class Node : public std::enable_shared_from_this<Node> {
     bool fast_read_allowed_ = false, fast_write_allowed_ = false;
     bool monitor_owned_ = false;
     bool closed_ = false;
-    bool perms_known_ = false;       // prepare_perms() has run once
+    bool perms_known_ = false;  // prepare_perms() has run once
     uint32_t quiesce_count_ = 0;
-    uint32_t pins_ = 0;              // held by an operation in progress: stays open without users
+    uint32_t pins_ = 0;  // held by an operation in progress: stays open without users
     EdgePerms perms_;
-    NodeFlags inherited_;            // what a definition without flags of its own would have got
+    NodeFlags inherited_;  // what a definition without flags of its own would have got
     json::object options_;
-    std::span<const std::string_view> reopen_options_;   // of its Driver
+    std::span<const std::string_view> reopen_options_;  // of its Driver
     std::vector<std::unique_ptr<Child>> children_;
     std::vector<Child*> parents_;
     std::vector<Root*> roots_;
     std::vector<std::shared_ptr<DirtyBitmap>> bitmaps_;
-    bool track_ = false;        // track_requests() was called
-    TrackedRequests tracked_;   // used when read-modify-write or serialising requests can happen
+    bool track_ = false;       // track_requests() was called
+    TrackedRequests tracked_;  // used when read-modify-write or serialising requests can happen
     FlushState flush_state_;
 };
 
 /// Forwards every verb to its only child "file" (or the name given); a filter overrides what differs.
 class Filter : public Node {
- public:
+  public:
     using Node::Node;
     Task<Result<>> do_read(Request& rq, uint64_t offset, IoVec iov) override;
     Task<Result<>> do_write(Request& rq, uint64_t offset, IoVec iov, WriteFlags flags) override;
@@ -284,7 +297,7 @@ class Filter : public Node {
     Task<Result<>> do_resize(uint64_t new_size) override;
     Result<Passthrough> passthrough() override;
 
- protected:
+  protected:
     /// The filtered child; the graph sets it before the node is used and re-points it while drained.
     Node& below() const { return *children().front()->node; }
 };

@@ -14,16 +14,16 @@ class Node;
 class Job;
 
 class Observer {
- public:
+  public:
     virtual ~Observer() = default;
     virtual void job_status_changed(const Job& job, std::string_view status) {}
     /// A named event that carries a job's progress (BLOCK_JOB_COMPLETED, BLOCK_JOB_READY, ...). `error` empty: none.
     virtual void job_event(const Job& job, std::string_view event, std::string_view error) {}
     /// operation: "read" or "write"; action: "report", "ignore" or "stop".
-    virtual void io_error(std::string_view user, const Node& node, std::string_view operation, std::string_view action, bool nospace,
-                          std::string_view reason) {}
-    virtual void image_corrupted(const Node& node, std::string_view msg, std::optional<uint64_t> offset, std::optional<uint64_t> size,
-                                 bool fatal) {}
+    virtual void io_error(std::string_view user, const Node& node, std::string_view operation, std::string_view action,
+                          bool nospace, std::string_view reason) {}
+    virtual void image_corrupted(const Node& node, std::string_view msg, std::optional<uint64_t> offset,
+                                 std::optional<uint64_t> size, bool fatal) {}
 };
 
 }  // namespace gantry::block

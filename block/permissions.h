@@ -21,8 +21,12 @@ enum class Perm : uint8_t {
     kResize = 1 << 3,
     kAll = 0xf,
 };
-constexpr Perm operator|(Perm a, Perm b) { return static_cast<Perm>(static_cast<uint8_t>(a) | static_cast<uint8_t>(b)); }
-constexpr Perm operator&(Perm a, Perm b) { return static_cast<Perm>(static_cast<uint8_t>(a) & static_cast<uint8_t>(b)); }
+constexpr Perm operator|(Perm a, Perm b) {
+    return static_cast<Perm>(static_cast<uint8_t>(a) | static_cast<uint8_t>(b));
+}
+constexpr Perm operator&(Perm a, Perm b) {
+    return static_cast<Perm>(static_cast<uint8_t>(a) & static_cast<uint8_t>(b));
+}
 constexpr Perm operator~(Perm a) { return static_cast<Perm>(~static_cast<uint8_t>(a) & 0xf); }
 constexpr Perm& operator|=(Perm& a, Perm b) { return a = a | b; }
 constexpr Perm& operator&=(Perm& a, Perm b) { return a = a & b; }
@@ -44,24 +48,26 @@ class Root;
 struct Child;
 enum class ChildRole : uint8_t;
 
-/// What an edge of `role` takes and shares by default, when its parent can write or not and is itself used as in `from_parents`.
+/// What an edge of `role` takes and shares by default, when its parent can write or not and is itself used as in
+/// `from_parents`.
 EdgePerms default_child_perms(ChildRole role, bool read_only, EdgePerms from_parents);
 
 /// Somebody who takes permissions and is neither an edge nor a root: a node that is being opened, block_resize.
 struct PermissionUser {
     Node* node = nullptr;
     EdgePerms perms;
-    std::string who;   // "node 'x'", "an unnamed block device"
-    std::string as;    // "file", "root"
+    std::string who;  // "node 'x'", "an unnamed block device"
+    std::string as;   // "file", "root"
 };
 
 /// One computation of every permission on the graph as it is now. Main loop only; one at a time.
 /// compute(), then prepare(), then exactly one of commit() and abort().
 class PermissionPass {
- public:
+  public:
     explicit PermissionPass(Graph& graph) : graph_(graph) {}
 
-    /// Top-down over all nodes; refuses conflicts (kPermission, with both users) and writers of read-only nodes (kReadOnly).
+    /// Top-down over all nodes; refuses conflicts (kPermission, with both users) and writers of read-only nodes
+    /// (kReadOnly).
     Result<> compute();
     /// Nodes whose cumulative permissions differ from what was committed, parents before children.
     std::vector<Node*> changed() const;
@@ -72,10 +78,10 @@ class PermissionPass {
     void commit();
     void abort();
 
- private:
+  private:
     struct Use {
         EdgePerms perms;
-        const Child* edge = nullptr;   // one of the three
+        const Child* edge = nullptr;  // one of the three
         const Root* root = nullptr;
         const PermissionUser* other = nullptr;
     };
@@ -91,7 +97,7 @@ class PermissionPass {
     Entry& entry_of(const Node* node);
 
     Graph& graph_;
-    std::vector<Entry> entries_;   // topological order
+    std::vector<Entry> entries_;  // topological order
     std::vector<std::pair<Child*, EdgePerms>> edges_;
 };
 
