@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <netdb.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 
@@ -54,6 +55,26 @@ Result<Address> unix_address(const std::string& path) {
     return a;
 }
 
+/// Whether somebody serves `address`. The kernel takes a ring of a killed process apart a moment after its end, and its
+/// listeners with it: until then connections are taken and dropped at once, which a living server does not do.
+Result<bool> is_served(const std::string& path, const Address& address) {
+    constexpr std::chrono::milliseconds kPatience{500};
+    const auto deadline = Clock::now() + kPatience;
+    for (;;) {
+        TRY(const UniqueFd probe, stream_socket(AF_UNIX));
+        if (::connect(probe.get(), address.get(), address.length) != 0) {
+            if (errno == ECONNREFUSED) return false;
+            if (errno == EAGAIN || errno == EINPROGRESS) return true;
+            return fail_errno(errno, "cannot find out whether socket '{}' is in use", path);
+        }
+        const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
+        pollfd wait{probe.get(), POLLIN, 0};
+        if (left <= 0 || ::poll(&wait, 1, static_cast<int>(left)) <= 0) return true;
+        char byte;
+        if (::recv(probe.get(), &byte, 1, MSG_PEEK) > 0) return true;
+    }
+}
+
 /// Removes the socket file at `path` when nobody listens on it.
 Result<> remove_stale(const std::string& path, const Address& address) {
     struct stat st;
@@ -63,11 +84,8 @@ Result<> remove_stale(const std::string& path, const Address& address) {
     }
     if (!S_ISSOCK(st.st_mode))
         return fail(ErrorKind::kExists, "'{}' exists and is not a socket; remove it first", path);
-    TRY(const UniqueFd probe, stream_socket(AF_UNIX));
-    if (::connect(probe.get(), address.get(), address.length) == 0 || errno == EAGAIN || errno == EINPROGRESS) {
-        return fail(ErrorKind::kBusy, "another process listens on socket '{}'", path);
-    }
-    if (errno != ECONNREFUSED) return fail_errno(errno, "cannot find out whether socket '{}' is in use", path);
+    TRY(const bool served, is_served(path, address));
+    if (served) return fail(ErrorKind::kBusy, "another process listens on socket '{}'", path);
     if (::unlink(path.c_str()) != 0 && errno != ENOENT)
         return fail_errno(errno, "cannot remove the stale socket '{}'", path);
     return {};
