@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <filesystem>
 
 #include "cli/daemon.h"
 #include "cli/daemonize.h"
@@ -49,8 +50,12 @@ void print_help(const char* program) {
         program, options_help(kOptions).c_str());
 }
 
-/// `--object help`, `--object TYPE,help`, `--chardev help`: prints and ends. Nothing for other options.
+/// `--object help`, `--object TYPE,help`, `--chardev help`, `--trace help`: prints and ends. Nothing for other options.
 bool print_value_help(const OptionUse& option) {
+    if (option.name == "trace" && (option.value == "help" || option.value == "?")) {
+        std::puts("There are no trace points in this build.");
+        return true;
+    }
     bool object = option.name == "object";
     if (!object && option.name != "chardev") return false;
     auto parsed = schema::parse_option_value(option.value, object ? "qom-type" : "backend",
@@ -84,6 +89,17 @@ Result<unsigned> parse_loops(const std::string& text) {
     return static_cast<unsigned>(std::stoul(text));
 }
 
+/// --trace: checked like the reference's, though there is nothing to trace.
+Result<> check_trace(const std::string& value) {
+    TRY(schema::OptionValue parsed, schema::parse_option_value(value, "enable", schema::KeyvalStyle::kFlat));
+    for (const auto& [key, ignored] : parsed.object) {
+        if (key != "enable" && key != "events" && key != "file") {
+            return fail(ErrorKind::kInvalid, "Invalid parameter '{}'", std::string_view(key));
+        }
+    }
+    return {};
+}
+
 /// Options that hold before anything is made. False: not one of them.
 Result<bool> apply_setting(const OptionUse& option, DaemonSettings& settings) {
     if (option.name == "io-backend") {
@@ -93,20 +109,23 @@ Result<bool> apply_setting(const OptionUse& option, DaemonSettings& settings) {
     } else if (option.name == "log-level") {
         TRY(log::Level level, parse_level(option.value));
         log::set_level(level);
+    } else if (option.name == "trace") {
+        CHECK_OK(check_trace(option.value));
     } else {
-        return option.name == "daemonize" || option.name == "pidfile" || option.name == "trace";
+        return option.name == "daemonize" || option.name == "pidfile";
     }
     return true;
 }
 
 int run(int argc, char** argv) {
-    const char* program = argv[0];
+    const std::string name = std::filesystem::path(argv[0]).filename();
+    const char* program = name.c_str();
     log::set_level(log::Level::kWarn);
     auto options = parse_options(kOptions, std::span(argv + 1, static_cast<size_t>(argc - 1)));
     if (!options) return usage_error(program, options.error());
 
     bool daemonize = false;
-    std::string pid_path;
+    std::string pid_path, stdio_use;
     DaemonSettings settings;
     settings.runtime.io_loops = default_io_loops();
     for (const OptionUse& option : *options) {
@@ -126,8 +145,11 @@ int run(int argc, char** argv) {
                                std::move(set).error().context(fmt::format("--{} {}", option.name, option.value)));
         }
         bool stdio = option.name == "chardev" && (option.value == "stdio" || option.value.starts_with("stdio,"));
-        if (stdio && daemonize)
-            return usage_error(program, Error(ErrorKind::kInvalid, "cannot use stdio with -daemonize"));
+        if (stdio) stdio_use = fmt::format("--chardev {}", option.value);
+    }
+    if (daemonize && !stdio_use.empty()) {
+        return usage_error(program,
+                           Error(ErrorKind::kInvalid, fmt::format("{}: cannot use stdio with -daemonize", stdio_use)));
     }
 
     Daemonizer background;

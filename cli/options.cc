@@ -71,6 +71,9 @@ Result<std::vector<OptionUse>> parse_options(std::span<const OptionSpec> specs,
             e.kind() == po::invalid_syntax::empty_adjacent_parameter) {
             return fail(ErrorKind::kInvalid, "option '{}' requires an argument", e.get_option_name());
         }
+        if (e.kind() == po::invalid_syntax::extra_parameter) {
+            return fail(ErrorKind::kInvalid, "option '{}' doesn't allow an argument", e.get_option_name());
+        }
         return fail(ErrorKind::kInvalid, "{}", e.what());
     } catch (const po::error& e) {
         return fail(ErrorKind::kInvalid, "{}", e.what());
