@@ -196,30 +196,33 @@ class Daemon:
     def __init__(self, directory, *arguments, monitor=True, environment=None, extra=None, **popen):
         self.directory = directory
         self.qmp_path = os.path.join(directory, "qmp.sock")
-        self.stderr_path = os.path.join(directory, f"stderr.{time.monotonic_ns()}")
+        self.stderr_file = tempfile.TemporaryFile()
+        self.killed = False
         command = [GANTRYD, *gantryd_options(), *arguments]
         if monitor:
             # Last, so that whoever is greeted finds everything set up.
             command += ["--chardev", f"socket,id=qmp,path={self.qmp_path},server=on,wait=off", "--monitor", "chardev=qmp"]
         command += extra or []
-        with open(self.stderr_path, "wb") as stderr:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr,
-                                            env={**os.environ, **(environment or {})}, **popen)
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.stderr_file,
+                                        env={**os.environ, **(environment or {})}, **popen)
         if monitor:
-            self.qmp = Qmp(self.qmp_path, connected=wait_for(self.connect, f"the monitor of {' '.join(command)}"))
+            self.qmp = wait_for(self.connect, f"the monitor of {' '.join(command)}")
+            self.qmp.cmd("qmp_capabilities")
 
     def connect(self):
-        """A connection to the monitor, once it listens."""
+        """A connection to the monitor, once somebody greets (the socket of a killed predecessor may linger a moment)."""
         if self.process.poll() is not None:
             raise AssertionError(f"the daemon ended with {self.process.returncode}: {self.stderr()}")
         attempt = socket.socket(socket.AF_UNIX)
         if attempt.connect_ex(self.qmp_path) == 0:
-            return attempt
+            qmp = Qmp(self.qmp_path, negotiate=False, connected=attempt)
+            if qmp.greeting:
+                return qmp
         attempt.close()
         return None
 
     def stderr(self):
-        return pathlib.Path(self.stderr_path).read_text(errors="replace")
+        return os.pread(self.stderr_file.fileno(), 1 << 20, 0).decode(errors="replace")
 
     def monitor(self, **options):
         return Qmp(self.qmp_path, **options)
@@ -241,6 +244,7 @@ class Daemon:
         assert status == 0, f"exit status {status}: {self.stderr()}"
 
     def kill(self):
+        self.killed = True
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
@@ -266,7 +270,8 @@ class Case(unittest.TestCase):
 
     def _end(self, daemon):
         try:
-            daemon.stop()
+            if not daemon.killed:
+                daemon.stop()
         finally:
             daemon.kill()
             if not self._passed():
