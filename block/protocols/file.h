@@ -86,7 +86,8 @@ class FileNode : public Node {
     int read_now(uint64_t offset, const IoVec& iov);
     // file_write.cc
     bool write_inline_ok(size_t bytes, int64_t now_ns) const;
-    void note_write(uint64_t end, size_t bytes, int64_t took_ns);
+    void note_write(uint64_t end, size_t bytes, int64_t took_ns, bool blocked);
+    void note_slow_write(bool blocked);
     int write_now(uint64_t offset, const IoVec& iov, int64_t begin_ns);
     Task<int> write_buffered(uint64_t offset, IoVec iov);
     Task<int> write_direct(uint64_t offset, IoVec iov, int rw_flags);
@@ -110,10 +111,11 @@ class FileNode : public Node {
     UniqueFd fd_;  // the number never changes while open
     std::atomic<bool> direct_{false};
     std::atomic<bool> writable_{false};
-    std::atomic<bool> nowait_{true};          // the file system has RWF_NOWAIT reads
-    std::atomic<bool> dirty_{false};          // written since the last flush began
-    std::atomic<bool> padded_{false};         // an O_DIRECT write may have made the file longer than size()
-    std::atomic<int64_t> slow_until_ns_{0};   // writes go to the pool until then
+    std::atomic<bool> nowait_{true};         // the file system has RWF_NOWAIT reads
+    std::atomic<bool> dirty_{false};         // written since the last flush began
+    std::atomic<bool> padded_{false};        // an O_DIRECT write may have made the file longer than size()
+    std::atomic<int64_t> slow_until_ns_{0};  // writes go to the pool until then
+    std::atomic<int64_t> watch_until_ns_{0};
     std::atomic<int64_t> slow_period_ns_{0};  // how long that was
     std::atomic<int64_t> seek_slow_until_ns_{0};
     std::atomic<int> sync_error_{0};  // errno of the first flush that failed; never reset

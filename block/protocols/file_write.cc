@@ -16,10 +16,12 @@ namespace {
 
 /// More than this is copied by the pool, so that the loop stays responsive.
 constexpr size_t kInlineMax = 1 << 20;
-/// A buffered write that takes longer than this plus its copying was throttled or waited for the disk.
+/// A buffered write that takes longer than this plus its copying was throttled or waited for the disk - or its thread
+/// was kept from a processor, as happens on a busy machine. After one, writes are looked at closely (a system call
+/// more) for a while, and one that then sleeps that long moves the file's writes off the loop: longer each time when
+/// the next one follows soon.
 constexpr int64_t kSlowNs = 1'000'000;
-/// Writes keep off the loop this long after a slow one; longer each time when the next slow one follows soon. (On a
-/// busy machine a write is slow now and then because the thread had to wait for a processor.)
+constexpr int64_t kWatchPeriodNs = 1'000'000'000;
 constexpr int64_t kFirstSlowPeriodNs = 4'000'000;
 constexpr int64_t kLastSlowPeriodNs = 256'000'000;
 
@@ -34,21 +36,27 @@ bool FileNode::write_inline_ok(size_t bytes, int64_t now_ns) const {
 
 /// After every write that has reached the file, also a failed one (part of it may have). No shared line is written when
 /// nothing changes.
-void FileNode::note_write(uint64_t end, size_t bytes, int64_t took_ns) {
+void FileNode::note_write(uint64_t end, size_t bytes, int64_t took_ns, bool blocked) {
     if (!dirty_.load(std::memory_order_relaxed)) dirty_.store(true, std::memory_order_relaxed);
-    if (took_ns > kSlowNs && is_slow(bytes, took_ns)) {
-        const int64_t now = monotonic_ns();
-        const int64_t last = slow_period_ns_.load(std::memory_order_relaxed);
-        const bool soon = now < slow_until_ns_.load(std::memory_order_relaxed) + 8 * last;
-        const int64_t period = soon ? std::clamp(last * 2, kFirstSlowPeriodNs, kLastSlowPeriodNs) : kFirstSlowPeriodNs;
-        slow_period_ns_.store(period, std::memory_order_relaxed);
-        slow_until_ns_.store(now + period, std::memory_order_relaxed);
-    }
+    if (took_ns > kSlowNs && is_slow(bytes, took_ns)) note_slow_write(blocked);
     if (end > size() && direct_.load(std::memory_order_relaxed)) padded_.store(true, std::memory_order_relaxed);
+}
+
+void FileNode::note_slow_write(bool blocked) {
+    const int64_t now = monotonic_ns();
+    watch_until_ns_.store(now + kWatchPeriodNs, std::memory_order_relaxed);
+    if (!blocked) return;
+    const int64_t last = slow_period_ns_.load(std::memory_order_relaxed);
+    const bool soon = now < slow_until_ns_.load(std::memory_order_relaxed) + 8 * last;
+    const int64_t period = soon ? std::clamp(last * 2, kFirstSlowPeriodNs, kLastSlowPeriodNs) : kFirstSlowPeriodNs;
+    slow_period_ns_.store(period, std::memory_order_relaxed);
+    slow_until_ns_.store(now + period, std::memory_order_relaxed);
 }
 
 /// Inline: 0 or -errno.
 int FileNode::write_now(uint64_t offset, const IoVec& iov, int64_t begin_ns) {
+    const bool watched = begin_ns < watch_until_ns_.load(std::memory_order_relaxed);
+    const int64_t switches = watched ? voluntary_switches() : 0;
     const ssize_t n = ::pwritev(fd_.get(), iov.data, static_cast<int>(std::min<uint32_t>(iov.count, IOV_MAX)),
                                 static_cast<off_t>(offset));
     int r = 0;
@@ -59,7 +67,9 @@ int FileNode::write_now(uint64_t offset, const IoVec& iov, int64_t begin_ns) {
         const IoVecSlice rest(iov, done, iov.bytes - done);
         r = write_all(fd_.get(), rest.view(), offset + done, 0);
     }
-    note_write(offset + iov.bytes, iov.bytes, monotonic_ns() - begin_ns);
+    const int64_t took_ns = monotonic_ns() - begin_ns;
+    note_write(offset + iov.bytes, iov.bytes, took_ns,
+               watched && took_ns > kSlowNs && voluntary_switches() != switches);
     return r;
 }
 
@@ -79,7 +89,7 @@ Task<int> FileNode::write_buffered(uint64_t offset, IoVec iov) {
     if (write_inline_ok(iov.bytes, now)) co_return write_now(offset, iov, now);
     auto write = writes_.write(fd_.get(), iov, offset);
     const int r = co_await write;
-    note_write(offset + iov.bytes, iov.bytes, write.took_ns);
+    note_write(offset + iov.bytes, iov.bytes, write.took_ns, write.blocked);
     co_return r;
 }
 
@@ -101,7 +111,7 @@ Task<int> FileNode::write_direct(uint64_t offset, IoVec iov, int rw_flags) {
         }
         done += static_cast<size_t>(n);
     }
-    note_write(offset + iov.bytes, iov.bytes, 0);
+    note_write(offset + iov.bytes, iov.bytes, 0, false);
     co_return r;
 }
 
@@ -113,7 +123,7 @@ Task<Result<>> FileNode::do_write(Request&, uint64_t offset, IoVec iov, WriteFla
     } else if (fua) {
         // Waits for the disk. Not through the write queue: these overlap there and share the journal's commits.
         r = co_await run_blocking([&] { return write_all(fd_.get(), iov, offset, RWF_DSYNC); });
-        note_write(offset + iov.bytes, iov.bytes, 0);
+        note_write(offset + iov.bytes, iov.bytes, 0, false);
     } else {
         r = co_await write_buffered(offset, iov);
     }

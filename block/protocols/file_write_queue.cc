@@ -1,6 +1,7 @@
 #include "block/protocols/file_write_queue.h"
 
 #include <limits.h>
+#include <sys/resource.h>
 #include <sys/uio.h>
 
 #include <algorithm>
@@ -28,6 +29,11 @@ int64_t move_all(IoVec iov, Step step) {
 int count_of(const IoVec& iov) { return static_cast<int>(std::min<uint32_t>(iov.count, IOV_MAX)); }
 
 }  // namespace
+
+int64_t voluntary_switches() {
+    rusage usage;
+    return ::getrusage(RUSAGE_THREAD, &usage) == 0 ? usage.ru_nvcsw : 0;
+}
 
 int write_all(int fd, IoVec iov, uint64_t offset, int flags) {
     const int64_t n = move_all(iov, [&](IoVec rest, size_t done) {
@@ -77,9 +83,11 @@ void FileWriteQueue::work() {
             w = head_;
             CHECK(w, "a worker has work");
         }
+        const int64_t switches = voluntary_switches();
         const auto begin = Clock::now();
         w->result = write_all(w->fd, w->iov, w->offset, 0);
         w->took_ns = std::chrono::nanoseconds(Clock::now() - begin).count();
+        w->blocked = voluntary_switches() != switches;
         bool last;
         {
             const std::lock_guard lock(mutex_);

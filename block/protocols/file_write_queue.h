@@ -34,7 +34,8 @@ class FileWriteQueue {
         Loop* loop = nullptr;
         Awaiter* after = nullptr;
         int result = 0;
-        int64_t took_ns = 0;  // the system calls alone
+        int64_t took_ns = 0;   // the system calls alone
+        bool blocked = false;  // they slept
     };
     Awaiter write(int fd, IoVec iov, uint64_t offset) { return Awaiter(*this, fd, iov, offset); }
 
@@ -50,6 +51,9 @@ class FileWriteQueue {
     bool working_ = false;
     Worker worker_;
 };
+
+/// How often the calling thread has given up its processor to wait for something (not: was made to).
+int64_t voluntary_switches();
 
 /// pwritev2 until everything is written. 0 or -errno; blocks.
 int write_all(int fd, IoVec iov, uint64_t offset, int flags);

@@ -141,3 +141,46 @@ TEST_CASE("host_device: a device set read-only is not opened for writing", "[hos
     CHECK(writer.error().kind() == ErrorKind::kReadOnly);
     CHECK(f.read(*node, 0, 4) == std::string(4, '\0'));
 }
+
+TEST_CASE("host_device: after a flush that failed no later one succeeds", "[host_device][flush][root]") {
+    FileFixture f;
+    // A device whose writes run out of space: its backing file lies on a file system that is too small.
+    const std::string small = f.dir.file("small");
+    std::filesystem::create_directory(small);
+    if (!have_program("mount") || run_program({"mount", "-t", "tmpfs", "-o", "size=1m", "none", small}).status != 0) {
+        WARN("skipped: no file system can be mounted here");
+        return;
+    }
+    struct Unmount {
+        std::string path;
+        ~Unmount() { (void)run_program({"umount", "--lazy", path}); }
+    } unmount{small};
+    LoopDevice loop(small + "/backing", 16 * kMiB);
+    if (loop.path.empty()) {
+        WARN("skipped: no loop device here: " << loop.why);
+        return;
+    }
+    auto added = f.add({{"driver", "host_device"}, {"node-name", "d"}, {"filename", loop.path}, {"discard", "unmap"}});
+    if (!added && added.error().kind() == ErrorKind::kPermission) {
+        WARN("skipped: " << added.error().message());
+        return;
+    }
+    REQUIRE(added);
+    auto root = f.attach(**added, FileFixture::kWriter);
+    REQUIRE(root);
+    CHECK(f.run(write_text(*added, 0, "fits")) == "");
+    CHECK(f.run(flush(*added)) == "");
+    CHECK(f.run(write_text(*added, kMiB, std::string(4 * kMiB, 'x'))) == "");
+    // Without the request layer, which remembers by itself.
+    constexpr auto driver_flush = [](Node* node) -> Task<Result<>> {
+        Request rq = Request::internal();
+        co_return co_await node->do_flush(rq);
+    };
+    CHECK_THAT(f.run(driver_flush(*added)), StartsWith("flushing '" + loop.path + "': "));
+    CHECK(f.run(discard(*added, kMiB, 4 * kMiB)) == "");
+    CHECK_THAT(f.run(driver_flush(*added)), StartsWith("flushing '" + loop.path + "': "));
+    CHECK(f.run(write_text(*added, 0, "FUA!", WriteFlags::kFua)) != "");
+    CHECK(f.run(flush(*added)) != "");
+    f.detach(std::move(*root));
+    f.remove("d");
+}
