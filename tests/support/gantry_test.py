@@ -163,7 +163,7 @@ class Qmp:
         reply = self.ask(json.dumps(request))
         if reply is None:
             raise EOFError(f"the daemon closed the connection at {name}")
-        assert reply["id"] == self.next_id, reply
+        assert reply.get("id") == self.next_id, reply
         if "error" in reply:
             raise QmpError(reply["error"])
         return reply["return"]
