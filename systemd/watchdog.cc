@@ -14,7 +14,9 @@ struct Round {
 };
 
 struct Token {
-    explicit Token(std::shared_ptr<Round> r) : round(std::move(r)) { round->waiting.fetch_add(1, std::memory_order_relaxed); }
+    explicit Token(std::shared_ptr<Round> r) : round(std::move(r)) {
+        round->waiting.fetch_add(1, std::memory_order_relaxed);
+    }
     ~Token() { round->waiting.fetch_sub(1, std::memory_order_relaxed); }
     Token(const Token&) = delete;
     std::shared_ptr<Round> round;
