@@ -1,9 +1,7 @@
 #include "nbd/listener.h"
 
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <sys/un.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -11,7 +9,6 @@
 #include <cstring>
 
 #include "nbd/protocol.h"
-#include "runtime/log.h"
 #include "runtime/socket.h"
 #include "schema/options.h"
 
@@ -39,6 +36,15 @@ Result<UniqueFd> listen_abstract(const std::string& name, bool tight) {
     return fd;
 }
 
+/// What stands for `host` in a URI, with the port that `fd` is bound to.
+std::string authority(const std::string& host, int fd) {
+    const auto port = local_port(fd);
+    const bool any = host.empty() || host == "0.0.0.0" || host == "::";
+    std::string text = any ? "localhost" : host.find(':') == std::string::npos ? host : "[" + host + "]";
+    if (port && *port != kDefaultPort) text += fmt::format(":{}", *port);
+    return text;
+}
+
 Result<ListenSocket> open_unix(const schema::Options& address) {
     const std::string path = address.str("path");
     if (address.flag("abstract")) {
@@ -59,20 +65,17 @@ Result<ListenSocket> open_fd(const schema::Options& address,
     CHECK_OK(set_cloexec(fd.get()));
     const std::string local = local_name(fd.get());
     constexpr std::string_view kUnix = "unix:";
-    if (!local.starts_with(kUnix)) return ListenSocket(std::move(fd), local, "", false);
+    if (!local.starts_with(kUnix)) {
+        std::string host = local.substr(0, local.rfind(':'));
+        if (host.starts_with('[')) host = host.substr(1, host.size() - 2);
+        std::string where = authority(host, fd.get());
+        return ListenSocket(std::move(fd), std::move(where), "", false);
+    }
     // Whoever made the socket removes its file.
     std::string path = local.substr(kUnix.size());
     const bool abstract = path.starts_with('@');
     if (abstract) path.erase(0, 1);
     return ListenSocket(std::move(fd), "", (abstract ? "%00" : "") + percent_encode(path, "/"), false);
-}
-
-std::string authority(const std::string& host, int fd) {
-    const auto port = local_port(fd);
-    const bool any = host.empty() || host == "0.0.0.0" || host == "::";
-    std::string text = any ? "localhost" : host.find(':') == std::string::npos ? host : "[" + host + "]";
-    if (port && *port != kDefaultPort) text += fmt::format(":{}", *port);
-    return text;
 }
 
 Task<Result<std::vector<ListenSocket>>> open_inet(json::object object) {
@@ -111,31 +114,7 @@ Task<Result<std::vector<ListenSocket>>> open_inet(json::object object) {
 
 ListenSocket::ListenSocket(UniqueFd fd, std::string uri_authority, std::string uri_query, bool owns_path_of_unix)
     : fd_(std::move(fd)), authority_(std::move(uri_authority)), query_(std::move(uri_query)) {
-    if (!owns_path_of_unix) return;
-    path_ = local_name(fd_.get()).substr(std::strlen("unix:"));
-    struct stat st;
-    if (::lstat(path_.c_str(), &st) != 0) {
-        path_.clear();
-        return;
-    }
-    device_ = st.st_dev;
-    inode_ = st.st_ino;
-}
-
-ListenSocket::ListenSocket(ListenSocket&& other) noexcept
-    : fd_(std::move(other.fd_)),
-      authority_(std::move(other.authority_)),
-      query_(std::move(other.query_)),
-      path_(std::exchange(other.path_, {})),
-      device_(other.device_),
-      inode_(other.inode_) {}
-
-ListenSocket::~ListenSocket() {
-    struct stat st;
-    if (path_.empty() || ::lstat(path_.c_str(), &st) != 0) return;
-    // Somebody may have put another socket in its place meanwhile.
-    if (st.st_dev != device_ || st.st_ino != inode_) return;
-    if (::unlink(path_.c_str()) != 0) log::warn("cannot remove socket '{}': {}", path_, errno_text(errno));
+    if (owns_path_of_unix) file_ = SocketFile(local_name(fd_.get()).substr(std::strlen("unix:")));
 }
 
 std::string ListenSocket::uri(std::string_view export_name) const {

@@ -2,13 +2,12 @@
 
 #pragma once
 
-#include <sys/types.h>
-
 #include <functional>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "runtime/socket.h"
 #include "runtime/task.h"
 #include "runtime/unique_fd.h"
 #include "schema/value.h"
@@ -19,9 +18,8 @@ namespace gantry::nbd {
 class ListenSocket {
   public:
     ListenSocket(UniqueFd fd, std::string uri_authority, std::string uri_query, bool owns_path_of_unix);
-    ListenSocket(ListenSocket&& other) noexcept;
+    ListenSocket(ListenSocket&&) = default;
     ListenSocket& operator=(ListenSocket&&) = delete;
-    ~ListenSocket();
 
     int fd() const { return fd_.get(); }
     bool is_unix() const { return !query_.empty(); }
@@ -32,9 +30,7 @@ class ListenSocket {
     UniqueFd fd_;
     std::string authority_;
     std::string query_;
-    std::string path_;  // to unlink; empty: not ours
-    dev_t device_ = 0;
-    ino_t inode_ = 0;
+    SocketFile file_;
 };
 
 /// A TCP port as SocketAddress spells it: 0..65535, or the name of a service (false). kInvalid for numbers beyond and

@@ -7,10 +7,14 @@
 #include <netinet/tcp.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <utility>
+
+#include "runtime/log.h"
 
 namespace gantry {
 
@@ -155,6 +159,35 @@ Result<> check_connected_socket(int fd) {
         return fail(ErrorKind::kInvalid, "file descriptor {} is not a connected socket", fd);
     }
     return {};
+}
+
+SocketFile::SocketFile(std::string path) {
+    struct stat st;
+    if (path.empty() || ::lstat(path.c_str(), &st) != 0) return;
+    path_ = std::move(path);
+    device_ = st.st_dev;
+    inode_ = st.st_ino;
+}
+
+SocketFile::SocketFile(SocketFile&& other) noexcept
+    : path_(std::exchange(other.path_, {})), device_(other.device_), inode_(other.inode_) {}
+
+SocketFile& SocketFile::operator=(SocketFile&& other) noexcept {
+    if (this == &other) return *this;
+    remove();
+    path_ = std::exchange(other.path_, {});
+    device_ = other.device_;
+    inode_ = other.inode_;
+    return *this;
+}
+
+void SocketFile::remove() {
+    const std::string path = std::exchange(path_, {});
+    struct stat st;
+    if (path.empty() || ::lstat(path.c_str(), &st) != 0) return;
+    // Somebody may have put another socket in its place meanwhile.
+    if (st.st_dev != device_ || st.st_ino != inode_) return;
+    if (::unlink(path.c_str()) != 0) log::warn("cannot remove socket '{}': {}", path, errno_text(errno));
 }
 
 }  // namespace gantry

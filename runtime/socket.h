@@ -16,6 +16,22 @@
 
 namespace gantry {
 
+/// The file of a unix socket that this process has bound; removed with the object, if it is still the same file.
+class SocketFile {
+  public:
+    SocketFile() = default;
+    explicit SocketFile(std::string path);
+    SocketFile(SocketFile&& other) noexcept;
+    SocketFile& operator=(SocketFile&& other) noexcept;
+    ~SocketFile() { remove(); }
+    void remove();
+
+  private:
+    std::string path_;  // empty: nothing to remove
+    dev_t device_ = 0;
+    ino_t inode_ = 0;
+};
+
 /// Which address families a host name may stand for; unset = either. Both false is kInvalid.
 struct InetFamilies {
     std::optional<bool> ipv4;
