@@ -42,6 +42,7 @@ Result<std::unique_ptr<Daemon>> Daemon::create(DaemonSettings settings) {
         return std::unexpected(std::move(signals).error());
     }
     daemon->signals_ = std::make_unique<SignalWaiter>(std::move(*signals));
+    daemon->runtime_->main_loop().run_until_complete(daemon->watch_signals());
     nbd::set_process_server(&daemon->nbd_server_);
     return daemon;
 }
@@ -80,6 +81,7 @@ Result<json::value> Daemon::execute(std::string command, json::object arguments)
 
 Task<Result<>> Daemon::apply_task(OptionUse option) {
     using schema::parse_option;
+    if (quit_.is_set()) co_return fail(ErrorKind::kCancelled, "ended by a signal");
     if (option.name == "object") {
         CO_TRY(json::object object, parse_option(schema::type("ObjectOptions"), option.value, "qom-type"));
         co_return objects_.add(object);
@@ -160,7 +162,6 @@ void Daemon::shut_down() {
 }
 
 Task<void> Daemon::main_task() {
-    scope_.spawn(wait_for_signals());
     watchdog_.start();
     if (notifier_.active()) scope_.spawn(report_status());
     co_await quit_.wait();
@@ -170,11 +171,17 @@ Task<void> Daemon::main_task() {
     co_await end_task();
 }
 
+Task<void> Daemon::watch_signals() {
+    scope_.spawn(wait_for_signals());
+    co_return;
+}
+
 Task<void> Daemon::wait_for_signals() {
     int number = co_await signals_->next();
     if (number == 0) co_return;
     log::info("signal {}: ending", number);
     quit_.set();
+    monitors_.stop_waiting();
 }
 
 // STATUS= follows the exports, at most once a second.
@@ -191,6 +198,11 @@ Task<void> Daemon::report_status() {
 
 // spec/qmp.md section 12.12.
 Task<void> Daemon::end_task() {
+    // A command that began before may still add an export, a job or the server itself: these go in two rounds.
+    monitors_.hold_commands();
+    co_await graph_.jobs().cancel_all();
+    co_await exports_.remove_all();
+    co_await monitors_.commands_done();
     co_await graph_.jobs().cancel_all();
     co_await exports_.remove_all();
     if (nbd_server_.running()) co_await nbd_server_.stop();

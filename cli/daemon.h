@@ -44,6 +44,8 @@ class Daemon {
     /// The same end without serving first (start-up failed).
     void shut_down();
     void request_quit();
+    /// The end is requested: by quit, or by a signal, which counts from create() on.
+    bool quitting() const { return quit_.is_set(); }
 
     qmp::Services& services() { return services_; }
     systemd::Notifier& notifier() { return notifier_; }
@@ -56,6 +58,7 @@ class Daemon {
     Task<Result<>> add_control_socket(std::string path);
     Result<UniqueFd> resolve_fd(std::string_view name);
     Task<void> main_task();
+    Task<void> watch_signals();
     Task<void> wait_for_signals();
     Task<void> report_status();
     Task<void> end_task();

@@ -173,6 +173,7 @@ int run(int argc, char** argv) {
         auto setting = apply_setting(option, ignored);
         if (setting && *setting) continue;
         if (auto applied = (*daemon)->apply(option); !applied) {
+            if ((*daemon)->quitting()) break;
             return start_up_failed(
                 std::move(applied).error().context(fmt::format("--{} {}", option.name, option.value)));
         }

@@ -17,7 +17,7 @@ namespace gantry::qmp {
 struct Monitors::Chardev {
     std::string id;
     std::vector<UniqueFd> listeners;
-    std::string unlink_path;
+    SocketFile socket_file;
     UniqueFd in, out;  // connected already (client socket, stdio, or the client that wait=on waited for)
     bool used = false;
     std::vector<CancellableIo*> accepting;
@@ -27,9 +27,6 @@ Monitors::Monitors() = default;
 
 Monitors::~Monitors() {
     CHECK(sessions_.empty(), "monitors are stopped before they are destroyed");
-    for (auto& [id, chardev] : chardevs_) {
-        if (!chardev->unlink_path.empty()) ::unlink(chardev->unlink_path.c_str());
-    }
 }
 
 Task<Result<>> Monitors::add_chardev(json::object raw) {
@@ -57,6 +54,10 @@ Task<Result<>> Monitors::add_chardev(json::object raw) {
 Task<Result<>> Monitors::open_socket(Chardev& chardev, const json::object& raw) {
     schema::Options options(raw);
     bool server = options.flag("server");
+    if (options.has("path") + options.has("host") + options.has("fd") > 1) {
+        co_return fail(ErrorKind::kInvalid, "None or one of 'path', 'fd' or 'host' option required.");
+    }
+    if (options.has("host") && !options.has("port")) co_return fail(ErrorKind::kInvalid, "chardev: socket: no port given");
     if (options.has("fd")) {
         CO_TRY(UniqueFd fd, services_->resolve_fd(options.str("fd")));
         chardev.listeners.push_back(std::move(fd));
@@ -65,7 +66,7 @@ Task<Result<>> Monitors::open_socket(Chardev& chardev, const json::object& raw) 
         if (server) {
             CO_TRY(UniqueFd fd, listen_unix(options.str("path"), 0600));
             chardev.listeners.push_back(std::move(fd));
-            chardev.unlink_path = options.str("path");
+            chardev.socket_file = SocketFile(options.str("path"));
         } else {
             CO_TRY(chardev.in, co_await connect_unix(options.str("path")));
         }
@@ -84,7 +85,10 @@ Task<Result<>> Monitors::open_socket(Chardev& chardev, const json::object& raw) 
     // Like the reference a server waits for its first client unless told not to.
     if (server && options.flag("wait", true)) {
         log::warn("chardev '{}': waiting for a connection; use wait=off to start without", chardev.id);
-        int fd = co_await io_accept(chardev.listeners.front().get());
+        CancellableIo accept(io_accept(chardev.listeners.front().get()));
+        first_client_ = &accept;
+        int fd = co_await accept;
+        first_client_ = nullptr;
         if (fd < 0) co_return fail_errno(-fd, "chardev '{}': accept", chardev.id);
         chardev.in.reset(fd);
     }
@@ -111,7 +115,7 @@ void Monitors::start_monitor(Chardev& chardev, bool pretty) {
 void Monitors::add_listener(UniqueFd listener, std::string path) {
     auto chardev = std::make_unique<Chardev>();
     chardev->id = fmt::format("#control{}", chardevs_.size());
-    chardev->unlink_path = std::move(path);
+    chardev->socket_file = SocketFile(std::move(path));
     chardev->listeners.push_back(std::move(listener));
     start_monitor(*chardev, false);
     std::string id = chardev->id;
@@ -144,6 +148,7 @@ Task<void> Monitors::serve(UniqueFd in, UniqueFd out, bool pretty) {
     int out_fd = out ? out.get() : in.get();
     Session session(*services_, in.get(), out_fd, pretty);
     sessions_.push_back(&session);
+    if (held_) session.hold_commands();
     co_await session.run();
     std::erase(sessions_, &session);
     Loop::current().forget_fd(in.get());
@@ -154,12 +159,24 @@ void Monitors::broadcast(const json::object& event) {
     for (Session* session : sessions_) session->send_event(event);
 }
 
+void Monitors::hold_commands() {
+    held_ = true;
+    for (Session* session : sessions_) session->hold_commands();
+}
+
+Task<void> Monitors::commands_done() {
+    while (std::ranges::any_of(sessions_, &Session::executing)) co_await command_done_.wait();
+}
+
+void Monitors::stop_waiting() {
+    if (first_client_) first_client_->cancel();
+}
+
 Task<void> Monitors::stop() {
     stopping_ = true;
     for (auto& [id, chardev] : chardevs_) {
         for (CancellableIo* accept : chardev->accepting) accept->cancel();
-        if (!chardev->unlink_path.empty()) ::unlink(chardev->unlink_path.c_str());
-        chardev->unlink_path.clear();
+        chardev->socket_file.remove();
     }
     for (Session* session : sessions_) session->close();
     co_await scope_.join();

@@ -10,6 +10,7 @@
 
 #include "qmp/services.h"
 #include "runtime/io.h"
+#include "runtime/sync.h"
 #include "runtime/task_scope.h"
 #include "runtime/unique_fd.h"
 
@@ -37,11 +38,20 @@ class Monitors {
     /// Queues an event on every session that has finished negotiation.
     void broadcast(const json::object& event);
     size_t sessions() const { return sessions_.size(); }
+    /// No further command begins, on any session; events still go out.
+    void hold_commands();
+    /// After hold_commands(): waits for the commands that run.
+    Task<void> commands_done();
+    /// add_chardev() stops to wait for a first client, and fails.
+    void stop_waiting();
     /// Closes listeners (unlinking the sockets it made), lets sessions write what is queued, ends them.
     Task<void> stop();
 
   private:
+    friend class Session;
     struct Chardev;
+    /// A session has finished a command while they are held.
+    void command_done() { command_done_.notify_all(); }
     Task<Result<>> open_socket(Chardev& chardev, const json::object& options);
     void start_monitor(Chardev& chardev, bool pretty);
     Task<void> accept_loop(Chardev* chardev, int listener, bool pretty);
@@ -51,6 +61,9 @@ class Monitors {
     std::map<std::string, std::unique_ptr<Chardev>, std::less<>> chardevs_;
     std::vector<Session*> sessions_;
     TaskScope scope_;
+    CancellableIo* first_client_ = nullptr;  // while add_chardev() waits for one
+    WaitQueue command_done_;
+    bool held_ = false;
     bool stopping_ = false;
 };
 

@@ -6,7 +6,9 @@
 #include <array>
 
 #include "qmp/command.h"
+#include "qmp/monitor.h"
 #include "runtime/log.h"
+#include "runtime/timer.h"
 #include "schema/schema.h"
 #include "schema/unserved.h"
 #include "schema/validate.h"
@@ -78,6 +80,9 @@ Task<void> Session::read_input() {
             if (!message) break;
             handle_message(std::move(*message));
         }
+        // Out-of-band answers are not bounded by the queue of requests; and whoever sends without pause takes turns.
+        while (queued_bytes() > kPauseAtOutput && !closing_) co_await output_consumed_.wait();
+        co_await sleep_for(std::chrono::nanoseconds(0));
     }
 }
 
@@ -136,13 +141,20 @@ Result<> Session::parse_request(const json::object& message, Request& request, b
 
 Task<void> Session::execute_requests() {
     for (;;) {
-        while (requests_.empty() && !input_done_ && !closing_) co_await requests_changed_.wait();
+        while ((requests_.empty() || held_) && !input_done_ && !closing_) co_await requests_changed_.wait();
         while (queued_bytes() > kPauseAtOutput && !closing_) co_await output_consumed_.wait();
         if (requests_.empty() || closing_) break;
+        if (held_) {
+            if (input_done_) break;
+            continue;
+        }
         Request request = std::move(requests_.front());
         requests_.pop_front();
         requests_changed_.notify_all();
+        executing_ = true;
         co_await execute_one(std::move(request));
+        executing_ = false;
+        if (held_) services_.monitors.command_done();
     }
     replies_done_ = true;
     output_changed_.notify_all();
@@ -247,6 +259,8 @@ Task<bool> Session::write_chunk() {
     }
     co_return true;
 }
+
+void Session::hold_commands() { held_ = true; }
 
 void Session::close() {
     if (closing_) return;

@@ -27,6 +27,9 @@ class Session {
     Task<void> run();
     /// Queues an event line when the client has left negotiation.
     void send_event(const json::object& event);
+    /// No further command begins; one that runs goes on, events still go out.
+    void hold_commands();
+    bool executing() const { return executing_; }
     /// Ends run() soon; what is queued for the client is still written if it takes it at once.
     void close();
 
@@ -61,6 +64,8 @@ class Session {
     bool negotiated_ = false;
     bool oob_ = false;
     bool closing_ = false;
+    bool held_ = false;  // no further command begins
+    bool executing_ = false;
     bool input_done_ = false;               // nothing more comes
     bool replies_done_ = false;             // and everything that came is answered
     CancellableIo* input_wait_ = nullptr;   // while read_input() sleeps
