@@ -336,32 +336,35 @@ TEST_CASE("format node: a failed write changes nothing and gives its place back"
 }
 
 TEST_CASE("format node: a freed place is not used again while a request may hold its address", "[block][format]") {
-    FormatFixture f;
+    FormatFixture f(1 << 20, 0, "", 1 << 20);
     f.write(0, pattern(kBlock, 1));
     auto scenario = [](FormatFixture* fixture) -> Task<void> {
         FormatFixture& x = *fixture;
+        // A read of two blocks that waits for the second one, which lies in the backing file.
         TaskScope scope;
         std::vector<Result<Bytes>> results;
-        x.disk->close_gate();
-        scope.spawn(store(node_read(x.img, 0, 4096), &results));
-        const bool waiting = co_await wait_until([&] { return x.disk->at_gate() == 1; });
+        x.base->close_gate();
+        scope.spawn(store(node_read(x.img, kBlock - 4096, 8192), &results));
+        const bool waiting = co_await wait_until([&] { return x.base->at_gate() == 1; });
         REQUIRE(waiting);
-        // The map is in use; now the block is freed. Only requests that come later wait at a closed gate.
-        TaskScope second;
-        std::vector<Result<>> done;
-        second.spawn(store(node_discard(x.img, 0, kBlock), &done));
-        co_await second.join();
-        CHECK(done.front().has_value());
-        CHECK(x.img->retired_blocks() == 1);
-        CHECK(x.img->free_blocks() == 0);
-        x.disk->open_gate();
-        co_await scope.join();
-        REQUIRE(results.front().has_value());
-        CHECK(*results.front() == pattern(4096, 1));
-        CHECK(x.img->retired_blocks() == 1);  // the table on disk still names it
+        const Result<> discarded = co_await node_discard(x.img, 0, kBlock);
+        CHECK(discarded.has_value());
         const Result<> flushed = co_await node_flush(x.img);
         CHECK(flushed.has_value());
+        CHECK(x.img->retired_blocks() == 1);
+        CHECK(x.img->free_blocks() == 0);
+        const Result<> elsewhere = co_await node_write(x.img, 8 * kBlock, Bytes(kBlock, 0x77));
+        CHECK(elsewhere.has_value());
+        x.base->open_gate();
+        co_await scope.join();
+        REQUIRE(results.front().has_value());
+        CHECK(std::equal(results.front()->begin(), results.front()->begin() + 4096,
+                         pattern(kBlock, 1).begin() + kBlock - 4096));
+        CHECK(x.img->retired_blocks() == 1);  // the table on disk may still name it
+        const Result<> again = co_await node_flush(x.img);
+        CHECK(again.has_value());
         CHECK(x.img->free_blocks() == 1);
+        CHECK(x.img->retired_blocks() == 0);
     };
     f.run(scenario(&f));
 }

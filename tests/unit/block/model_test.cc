@@ -124,9 +124,18 @@ TEST_CASE("model: requests that really overlap in time", "[block][model]") {
     ModelRun m;
     m.can_compress = true;
     m.open(blocks_definitions(c, "model", ",'latency-ns':20000"), blocks_contents(c, disks, kSize));
-    m.run_concurrent(model_operations(1), 64, 8);
+    m.run_concurrent(model_operations(2), 64, 8);
     m.verify();
     CHECK(BlockFormat::check(*disks.image) == "");
+}
+
+TEST_CASE("model: read-modify-writes that really overlap in time", "[block][model]") {
+    Disks disks;
+    disks.image->resize(kSize);
+    ModelRun m;
+    m.open({memory("n", "model", ",'request-alignment':4096,'memory-alignment':512,'latency-ns':20000")}, Bytes(kSize));
+    m.run_concurrent(model_operations(2), 512, 11);
+    m.verify();
 }
 
 TEST_CASE("model: a failing medium never damages what was acknowledged", "[block][model][errors]") {
