@@ -278,7 +278,7 @@ class Service(gt.Case):
                              env={**os.environ, "SYSTEMD_LOG_LEVEL": "warning"})
         complaints = [line for line in done.stderr.splitlines() if "gantry@" in line]
         self.assertEqual(complaints, [], done.stderr)
-        exposure = self.run_tool("systemd-analyze", "security", "--offline=true", "--threshold=45", self.unit(), check=False)
+        exposure = self.run_tool("systemd-analyze", "security", "--offline=true", "--threshold=30", self.unit(), check=False)
         if "unrecognized option" in exposure.stderr:
             gt.missing("systemd-analyze is too old for --offline", installable=False)
         self.assertEqual(exposure.returncode, 0, exposure.stdout[-500:])
