@@ -87,7 +87,9 @@ Task<Result<ImageInfo>> Node::image_info() {
     ImageInfo info;
     info.virtual_size = size();
     if (const Child* below = child("file")) {
-        Result<ImageInfo> inner = co_await below->node->image_info();
+        // Kept alive: the graph may change while it looks at its file.
+        const std::shared_ptr<Node> file = below->node;
+        Result<ImageInfo> inner = co_await file->image_info();
         if (inner) info.actual_size = inner->actual_size;
     }
     co_return info;

@@ -26,6 +26,7 @@ Task<ChannelStats> copy_stats(const Channel* channel) { co_return channel->stats
 
 Task<ChannelStats> Root::stats() {
     // Channels are never removed while the root lives, but more may come while we wait.
+    const Visit visit(*this);
     ChannelStats sum;
     std::vector<Channel*> channels;
     for (const auto& [loop, channel] : channels_) channels.push_back(channel.get());
@@ -43,12 +44,14 @@ Task<void> Root::wake_parked(Channel* channel, bool report_from_now) {
 }
 
 Task<void> Root::resume_parked() {
+    const Visit visit(*this);
     std::vector<Channel*> channels;
     for (const auto& [loop, channel] : channels_) channels.push_back(channel.get());
     for (Channel* channel : channels) co_await run_on(channel->loop(), wake_parked(channel, false));
 }
 
 Task<void> Root::fail_parked() {
+    const Visit visit(*this);
     options_.on_read_error = options_.on_write_error = OnError::kReport;
     std::vector<Channel*> channels;
     for (const auto& [loop, channel] : channels_) channels.push_back(channel.get());

@@ -146,6 +146,17 @@ class Root {
     RootOptions options_;
     std::map<Loop*, std::unique_ptr<Channel>> channels_;
     std::atomic<uint64_t> parked_count_{0};
+    /// Somebody on the main loop walks the channels; detach() waits for it.
+    struct Visit {
+        explicit Visit(Root& root) : root_(root) { ++root_.visits_; }
+        ~Visit() {
+            if (--root_.visits_ == 0) root_.left_.notify_all();
+        }
+        Visit(const Visit&) = delete;
+        Root& root_;
+    };
+    uint32_t visits_ = 0;
+    WaitQueue left_;
     uint32_t drained_ = 0;
     bool leased_ = false;
     bool attached_ = false;

@@ -58,6 +58,8 @@ Node* backing_of(const Node& node) {
 }
 
 Task<json::object> image_tree(Node& node, bool with_backing) {
+    // Kept alive: describing it may wait for I/O, and the graph may change meanwhile.
+    auto hold = node.shared_from_this();
     auto info = co_await node.image_info();
     if (!info) {
         co_return json::object{{"filename", node.filename()}, {"format", node.driver()}, {"virtual-size", node.size()}};
@@ -90,7 +92,6 @@ void put_op(json::object& out, std::string_view prefix, const block::ChannelStat
 }  // namespace
 
 Task<json::object> block_device_info(Node& node, bool flat) {
-    // Kept alive: describing it may wait for I/O, and the graph may change meanwhile.
     auto hold = node.shared_from_this();
     json::object image = co_await image_tree(node, !flat);
     json::object out{
