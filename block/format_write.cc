@@ -155,8 +155,10 @@ Task<Result<>> FormatNode::write_plan_bytes(Request& rq, const WritePlan& plan, 
             } else if (zero && !encode && length > kZeroesInline) {
                 CO_CHECK(co_await plan.node->write_zeroes(rq, host, length, WriteFlags::kNone));
                 part_of_write = false;
+                copied = true;
             } else if (zero && length <= ZeroData::kLimit) {
                 append(list, zeroes.slice(length).view());
+                copied = true;  // zeroes that were stable: after a crash the place must not show what it held before
             } else {
                 Buffer& buffer = is_head ? head_data : tail_data;
                 buffer = Buffer::alloc(length);

@@ -7,7 +7,6 @@
 namespace gantry::block {
 
 void SizeWatch::start(std::vector<Node*> nodes) {
-    for (Node* node : Graph::nodes_above(nodes)) sizes_[node] = node->size();
     for (Root* root : Graph::roots_above(nodes)) roots_[root] = {root->node().size(), &root->node()};
     for (Node* node : nodes) key_.push_back(node->shared_from_this());
 }
@@ -20,10 +19,9 @@ void SizeWatch::settle() {
         Node& node = **it;
         if (node.closed()) continue;
         if (!node.children().empty()) node.children_changed();
-        auto seen = sizes_.find(&node);
-        if (seen == sizes_.end() || seen->second == node.size()) continue;
+        // Also those that were left behind by writes that made the node grow.
         for (const auto& bitmap : node.bitmaps()) {
-            if (bitmap->size() == node.size()) continue;
+            if (bitmap->size() == node.size() || bitmap->inconsistent) continue;
             Result<> resized = bitmap->resize(node.size());
             if (resized) continue;
             log::error("node '{}': bitmap '{}' cannot follow the new size: {}", node.name(), bitmap->name(),

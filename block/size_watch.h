@@ -27,7 +27,6 @@ class SizeWatch {
         const Node* node;
     };
     std::vector<std::shared_ptr<Node>> key_;
-    std::unordered_map<Node*, uint64_t> sizes_;
     std::unordered_map<Root*, SeenRoot> roots_;
 };
 
