@@ -6,6 +6,7 @@
 
 #include "block/jobs/job.h"
 #include "block/node_flags.h"
+#include "block/size_watch.h"
 #include "runtime/buffer.h"
 #include "runtime/log.h"
 
@@ -228,6 +229,7 @@ Task<void> Graph::detach(std::unique_ptr<Root> root) {
     co_await root->drain_begin();
     std::erase(root->node_->roots_, root.get());
     root->attached_ = false;
+    while (root->visits_ != 0) co_await root->left_.wait();
     root.reset();
     co_await close_unused();
 }
@@ -253,6 +255,16 @@ Result<> Graph::check_not_leased(const Node& node) const {
     return {};
 }
 
+namespace {
+
+std::vector<uint64_t> sizes_of(const std::vector<Node*>& nodes) {
+    std::vector<uint64_t> sizes;
+    for (const Node* node : nodes) sizes.push_back(node->size());
+    return sizes;
+}
+
+}  // namespace
+
 Task<Result<>> Graph::update_permissions(PermMode mode, std::function<void()> before_commit) {
     PermissionPass pass(*this);
     CO_CHECK(pass.compute());
@@ -271,10 +283,15 @@ Task<Result<>> Graph::update_permissions(PermMode mode, std::function<void()> be
     const bool used = std::ranges::any_of(roots_above(live), &Root::attached_) ||
                       std::ranges::any_of(live, [](const Node* node) { return !node->parents_.empty(); });
     if (used) co_await begin_drain(section, live);
+    // A leaf may find that its file changed its size while nobody used it.
+    const std::vector<uint64_t> sizes_before = sizes_of(live);
+    SizeWatch watch;
+    watch.start(live);
     Result<> ready = co_await pass.prepare();
     if (ready) {
         if (before_commit) before_commit();
         pass.commit();
+        if (sizes_of(live) != sizes_before) watch.settle();
     }
     if (section.active) co_await end_drain(section);
     co_return ready;

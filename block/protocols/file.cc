@@ -140,18 +140,22 @@ Task<Result<>> FileNode::do_resize(uint64_t new_size) {
     co_return Result<>();
 }
 
+/// An O_DIRECT write of the last, shorter unit of the disk has made the file a whole unit long; what others have added
+/// is not ours to cut. On the pool, without requests in flight; 0 or errno.
+int FileNode::cut_padding() {
+    if (!padded_.load(std::memory_order_relaxed) || kind_ != FileKind::kRegular || !attributes_.writable) return 0;
+    struct stat st;
+    if (::fstat(fd_.get(), &st) < 0) return errno;
+    const auto length = static_cast<uint64_t>(st.st_size);
+    if (length <= size() || length - size() >= attributes_.request_alignment) return 0;
+    return ::ftruncate(fd_.get(), static_cast<off_t>(size())) < 0 ? errno : 0;
+}
+
 Task<void> FileNode::close() {
     if (!fd_) co_return;
     const bool sync = dirty_.load(std::memory_order_relaxed) && !flags().cache_no_flush;
-    const uint64_t bytes = size();
-    const bool cut = padded_.load(std::memory_order_relaxed) && kind_ == FileKind::kRegular && attributes_.writable;
     const int r = co_await run_blocking([&] {
-        int e = 0;
-        struct stat st;
-        // An O_DIRECT write of the last, shorter unit of the disk has made the file a whole unit long.
-        if (cut && ::fstat(fd_.get(), &st) == 0 && static_cast<uint64_t>(st.st_size) > bytes) {
-            if (::ftruncate(fd_.get(), static_cast<off_t>(bytes)) < 0) e = errno;
-        }
+        int e = cut_padding();
         if (sync && ::fdatasync(fd_.get()) < 0) e = errno;
         fd_.reset();
         return e;

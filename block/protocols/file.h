@@ -15,6 +15,7 @@
 #include "block/protocols/file_options.h"
 #include "block/protocols/file_write_queue.h"
 #include "block/protocols/file_zeroes.h"
+#include "block/request_epochs.h"
 
 namespace gantry::block {
 
@@ -77,7 +78,7 @@ class FileNode : public Node {
         std::optional<EdgePerms> perms;
         std::optional<NodeFlags> flags;
         bool never_writable = false;
-        std::optional<uint64_t> size;    // as found by the reopen
+        std::optional<uint64_t> size;    // as found by the reopen, or by the first user after a time without any
         std::optional<OpenedFile> file;  // a new description, when the mode changes; holds no locks before its commit
         FileLockSet locks;               // held on fd_: the union of old and new
     };
@@ -91,17 +92,23 @@ class FileNode : public Node {
     int write_now(uint64_t offset, const IoVec& iov, int64_t begin_ns);
     Task<int> write_buffered(uint64_t offset, IoVec iov);
     Task<int> write_direct(uint64_t offset, IoVec iov, int rw_flags);
+    int write_stable(uint64_t offset, const IoVec& iov);
+    /// The page cache has lost something: no flush succeeds any more.
+    void note_sync_error(int e);
     // file_allocation.cc
     BlockStatus status_of(uint64_t offset, uint64_t length);
     void forget_data_extent();
     // file.cc
     void take_mode(const OpenedFile& file);
+    int cut_padding();
     // file_perms.cc
     FileLockSet wanted_locks(const NodeFlags& flags, EdgePerms perms) const;
     Task<Result<>> prepare(const NodeFlags& flags, EdgePerms perms, bool never_writable);
     void forget_pending_part(bool perms);
+    void take_pending_size();
     void finish_commit();
     void exchange_descriptor();
+    void leave_description();
 
     FileOptions options_;
     const FileKind kind_;
@@ -119,6 +126,7 @@ class FileNode : public Node {
     std::atomic<int64_t> slow_period_ns_{0};  // how long that was
     std::atomic<int64_t> seek_slow_until_ns_{0};
     std::atomic<int> sync_error_{0};  // errno of the first flush that failed; never reset
+    RequestEpochs syncs_;             // calls that may be told of a lost page, until that is in sync_error_
     FileWriteQueue writes_;
 
     // The last extent of data that was found. Holes are not remembered: others may fill them, and "data" is never

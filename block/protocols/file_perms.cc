@@ -7,6 +7,7 @@
 
 #include "block/protocols/file.h"
 #include "runtime/blocking_pool.h"
+#include "runtime/log.h"
 
 namespace gantry::block {
 
@@ -37,6 +38,23 @@ FileLockSet FileNode::wanted_locks(const NodeFlags& flags, EdgePerms perms) cons
     return FileLockSet::of(perms);
 }
 
+/// What was written through the present description is made stable before another takes its place: a loss that nobody
+/// has asked for yet would go with it. On the pool, drained.
+void FileNode::leave_description() {
+    if (!attributes_.writable) return;
+    if (const int e = cut_padding()) log::warn("node '{}': cutting '{}': {}", name(), filename(), errno_text(e));
+    if (mode_.cache_no_flush || !dirty_.exchange(false)) return;
+    int r;
+    do {
+        r = ::fdatasync(fd_.get());
+    } while (r < 0 && errno == EINTR);
+    if (r == 0) return;
+    const int e = errno;
+    dirty_.store(true);
+    note_sync_error(e);
+    log::error("node '{}': flushing '{}': {}; what was written last may be lost", name(), filename(), errno_text(e));
+}
+
 /// Readies descriptor and locks for `flags` and `perms`; on failure everything is as it was before.
 Task<Result<>> FileNode::prepare(const NodeFlags& flags, EdgePerms perms, bool never_writable) {
     const FileLockSet wanted = wanted_locks(flags, perms);
@@ -44,6 +62,12 @@ Task<Result<>> FileNode::prepare(const NodeFlags& flags, EdgePerms perms, bool n
     const bool write = wants_write(flags, perms, never_writable);
     const bool must = write || flags.cache_direct != attributes_.direct;
     const bool reopen = write != attributes_.writable || flags.cache_direct != attributes_.direct;
+    if (!write && !flags.read_only && any(perms.need & kWriting)) {
+        co_return fail(ErrorKind::kReadOnly, "Block node is read-only; '{}' of node '{}' cannot be opened for writing",
+                       filename(), name());
+    }
+    // While nobody used the file it was not locked, and others may have changed its size.
+    const bool first_user = !any(perms_.need) && any(perms.need);
 
     OpenRequest rq;
     rq.driver = driver();
@@ -53,8 +77,10 @@ Task<Result<>> FileNode::prepare(const NodeFlags& flags, EdgePerms perms, bool n
     rq.direct = flags.cache_direct;
     rq.again = fd_.get();
     std::optional<OpenedFile> file;
+    std::optional<uint64_t> size;
     const Result<> done = co_await run_blocking([&]() -> Result<> {
         if (reopen) {
+            leave_description();
             Result<OpenedFile> opened = open_file(rq);
             // To give up the right to write is a courtesy: without a new descriptor the old one stays.
             if (!opened && must) return std::unexpected(std::move(opened).error());
@@ -69,9 +95,13 @@ Task<Result<>> FileNode::prepare(const NodeFlags& flags, EdgePerms perms, bool n
                 return checked;
             }
         }
+        if (first_user) {
+            if (const Result<uint64_t> now = file_size(fd_.get(), kind_)) size = *now;
+        }
         return {};
     });
     if (!done) co_return done;
+    if (size) pending_.size = size;
     pending_.locks = held | wanted;
     pending_.file = std::move(file);
     co_return Result<>();
@@ -139,7 +169,19 @@ void FileNode::finish_commit() {
     pending_.locks = {};
 }
 
+/// The rest of a unit that our own O_DIRECT write added is no growth.
+void FileNode::take_pending_size() {
+    if (!pending_.size) return;
+    const uint64_t now = *pending_.size, old = size();
+    pending_.size.reset();
+    const bool padding = padded_.load(std::memory_order_relaxed) && now > old && now - old < limits_.request_alignment;
+    if (padding || now == old) return;
+    set_size(now);
+    forget_data_extent();
+}
+
 void FileNode::commit_perms(EdgePerms perms) {
+    take_pending_size();
     perms_ = perms;
     pending_.perms.reset();
     finish_commit();
@@ -150,16 +192,9 @@ void FileNode::commit_reopen() {
         mode_ = *pending_.flags;
         never_writable_ = pending_.never_writable;
     }
-    if (pending_.size) {
-        // The rest of a unit that our own O_DIRECT write added is no growth.
-        const uint64_t old = size();
-        const bool padding = padded_.load(std::memory_order_relaxed) && *pending_.size > old &&
-                             *pending_.size - old < limits_.request_alignment;
-        if (!padding) set_size(*pending_.size);
-    }
+    take_pending_size();
     forget_data_extent();
     pending_.flags.reset();
-    pending_.size.reset();
     finish_commit();
     set_read_only(mode_.read_only || never_writable_);
 }
@@ -169,9 +204,9 @@ void FileNode::forget_pending_part(bool perms) {
         pending_.perms.reset();
     } else {
         pending_.flags.reset();
-        pending_.size.reset();
     }
     if (pending_.perms || pending_.flags) return;
+    pending_.size.reset();
     pending_.file.reset();
     file_unlock(fd_.get(), locks_ | pending_.locks, locks_);
     pending_.locks = {};

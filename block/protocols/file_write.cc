@@ -115,43 +115,68 @@ Task<int> FileNode::write_direct(uint64_t offset, IoVec iov, int rw_flags) {
     co_return r;
 }
 
+void FileNode::note_sync_error(int e) {
+    int none = 0;
+    sync_error_.compare_exchange_strong(none, e);
+}
+
+/// Buffered FUA, on the pool: 0 or -errno. The kernel reports a lost page once per description, to whichever sync comes
+/// first, so the error may be about an earlier write: the next flush must not succeed.
+int FileNode::write_stable(uint64_t offset, const IoVec& iov) {
+    const RequestEpochs::Token token = syncs_.enter();
+    int r = write_all(fd_.get(), iov, offset, RWF_DSYNC);
+    bool lost = r == -EIO;
+    // No space for this write is its own affair; for the pages that it waited for it is a loss.
+    if (r == -ENOSPC || r == -EDQUOT) lost = write_all(fd_.get(), iov, offset, 0) == 0;
+    if (lost) note_sync_error(-r);
+    syncs_.leave(token);
+    if (r == 0) r = -sync_error_.load();
+    return r;
+}
+
 Task<Result<>> FileNode::do_write(Request&, uint64_t offset, IoVec iov, WriteFlags flags) {
     const bool fua = has(flags, WriteFlags::kFua);
     int r;
     if (direct_.load(std::memory_order_relaxed)) {
+        RequestEpochs::Token token;
+        if (fua) token = syncs_.enter();
         r = co_await write_direct(offset, iov, fua ? RWF_DSYNC : 0);
+        if (fua) {
+            if (r == -EIO) note_sync_error(EIO);
+            syncs_.leave(token);
+            if (r == 0) r = -sync_error_.load();
+        }
     } else if (fua) {
         // Waits for the disk. Not through the write queue: these overlap there and share the journal's commits.
-        r = co_await run_blocking([&] { return write_all(fd_.get(), iov, offset, RWF_DSYNC); });
+        r = co_await run_blocking([&] { return write_stable(offset, iov); });
         note_write(offset + iov.bytes, iov.bytes, 0, false);
     } else {
         r = co_await write_buffered(offset, iov);
-    }
-    if (fua) {
-        int failed = sync_error_.load(std::memory_order_relaxed);
-        if (r == -EIO && failed == 0) {
-            // The kernel reports a lost page once, here perhaps one of an earlier write: the next flush must not
-            // succeed.
-            sync_error_.store(EIO, std::memory_order_relaxed);
-        }
-        if (r == 0 && failed) r = -failed;
     }
     if (r < 0) co_return fail_errno(-r, "writing {} bytes to '{}' at {}", iov.bytes, filename(), offset);
     co_return Result<>();
 }
 
 Task<Result<>> FileNode::do_flush(Request&) {
-    int e = sync_error_.load(std::memory_order_relaxed);
+    int e = sync_error_.load();
     if (e == 0) {
         dirty_.store(false, std::memory_order_relaxed);
+        const RequestEpochs::Token token = syncs_.enter();
         do {
             e = -co_await io_fdatasync(fd_.get());
         } while (e == EINTR);
         if (e) {
             dirty_.store(true, std::memory_order_relaxed);
-            int none = 0;
-            sync_error_.compare_exchange_strong(none, e, std::memory_order_relaxed);
+            note_sync_error(e);
         }
+        syncs_.leave(token);
+    }
+    if (e == 0) {
+        // A sync beside ours may have been told of a page that we waited for: then ours heard nothing of it.
+        AsyncEvent told;
+        syncs_.retire([&told] { told.set(); });
+        co_await told.wait();
+        e = sync_error_.load();
     }
     // Pages that could not be written are marked clean by the kernel: a later fdatasync would say yes without them.
     if (e) co_return fail_errno(e, "flushing '{}'", filename());
