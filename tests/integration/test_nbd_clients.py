@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/python3
 """The NBD server and the clients people use: nbdinfo, nbdcopy, nbdsh, libnbd, qemu-img, qemu-io, fio."""
 
 import json
