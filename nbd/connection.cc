@@ -3,6 +3,7 @@
 #include <sys/socket.h>
 
 #include <array>
+#include <cerrno>
 
 #include "nbd/export.h"
 #include "nbd/server.h"
@@ -138,6 +139,7 @@ Task<bool> Connection::receive(std::span<uint8_t> into) {
     size_t have = 0;
     while (have < into.size()) {
         const int n = co_await io_recv(fd_.get(), into.data() + have, into.size() - have);
+        if (n == -EINTR) continue;
         if (n <= 0) co_return false;
         have += static_cast<size_t>(n);
     }
@@ -149,6 +151,7 @@ Task<bool> Connection::skip(uint64_t bytes) {
     while (bytes > 0) {
         const size_t ask = static_cast<size_t>(std::min<uint64_t>(bytes, scratch.size()));
         const int n = co_await io_recv(fd_.get(), scratch.data(), ask);
+        if (n == -EINTR) continue;
         if (n <= 0) co_return false;
         bytes -= static_cast<uint64_t>(n);
         co_await sleep_for(std::chrono::nanoseconds(0));
@@ -160,6 +163,7 @@ Task<bool> Connection::send(std::span<const uint8_t> bytes) {
     size_t sent = 0;
     while (sent < bytes.size()) {
         const int n = co_await io_send(fd_.get(), bytes.data() + sent, bytes.size() - sent);
+        if (n == -EINTR) continue;
         if (n <= 0) co_return false;
         sent += static_cast<size_t>(n);
     }

@@ -224,10 +224,16 @@ Task<bool> Session::fill() {
         if (n < 0) n = -errno;
     }
     if (n == -EAGAIN || n == -EINTR) {
-        turn_requests_ = 0;
-        turn_bytes_ = 0;
+        const auto turn = channel_.loop().turn_time();
         n = co_await io_recv(fd_, in_.data() + end_, ask);
+        // Data that was there already did not let others run.
+        if (channel_.loop().turn_time() != turn) {
+            turn_requests_ = 0;
+            turn_bytes_ = 0;
+        }
     }
+    more_expected_ = false;
+    if (n == -EINTR || n == -EAGAIN) co_return true;
     if (end_of_input(static_cast<int>(n))) co_return false;
     end_ += static_cast<size_t>(n);
     more_expected_ = static_cast<size_t>(n) == ask;
@@ -261,9 +267,11 @@ Task<bool> Session::receive_payload() {
         ssize_t n = ::recvmsg(fd_, &message, MSG_DONTWAIT);
         if (n < 0) n = -errno;
         if (n == -EAGAIN || n == -EINTR) {
+            const auto turn = channel_.loop().turn_time();
             n = co_await io_recvmsg(fd_, &message);
-            since_pause = 0;
+            if (channel_.loop().turn_time() != turn) since_pause = 0;
         }
+        if (n == -EINTR || n == -EAGAIN) continue;
         if (end_of_input(static_cast<int>(n))) {
             in_flight_bytes_ -= rq.length;
             co_return false;
@@ -294,6 +302,7 @@ Task<bool> Session::skip_payload() {
         if (skip_left_ == 0) break;
         pos_ = end_ = 0;
         const int n = co_await io_recv(fd_, in_.data(), kReceiveSize);
+        if (n == -EINTR || n == -EAGAIN) continue;
         if (end_of_input(n)) co_return false;
         end_ = static_cast<size_t>(n);
         since_pause += end_;

@@ -1,5 +1,7 @@
 // BLOCK_STATUS.
 
+#include <poll.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -18,13 +20,23 @@ uint32_t allocation_flags(const block::BlockStatus& status) {
     return (status.data ? 0 : kStateHole) | (status.zero ? kStateZero : 0);
 }
 
-/// base:allocation of [offset, offset + length); at least one extent.
-Task<Result<ExtentList>> query_allocation(block::Channel& channel, uint64_t offset, uint32_t length, bool one) {
+/// Whether nobody can read an answer any more: the client is gone, or cut off by a removal.
+bool hung_up(int fd) {
+    pollfd p{fd, 0, 0};
+    return ::poll(&p, 1, 0) == 1 && (p.revents & (POLLHUP | POLLERR));
+}
+
+/// base:allocation of [offset, offset + length); at least one extent. Hundreds of thousands of queries if the image is
+/// fragmented: given up (kShutdown) when the client on `fd` is gone, so that a removal does not wait for them.
+Task<Result<ExtentList>> query_allocation(block::Channel& channel, int fd, uint64_t offset, uint32_t length, bool one) {
     ExtentList extents(one ? 1 : kMaxStatusExtents);
     Timer pause;
     unsigned queries = 0;
     for (uint64_t at = 0; at < length;) {
-        if (++queries % kQueriesPerTurn == 0) co_await pause.until(Clock::time_point::min());
+        if (++queries % kQueriesPerTurn == 0) {
+            co_await pause.until(Clock::time_point::min());
+            if (hung_up(fd)) co_return fail(ErrorKind::kShutdown, "the client is gone");
+        }
         const Result<block::BlockStatus> status = co_await channel.block_status(offset + at, length - at);
         if (!status) co_return std::unexpected(status.error());
         const uint64_t part = std::min<uint64_t>(status->length, length - at);
@@ -40,7 +52,7 @@ Task<Result<ExtentList>> query_allocation(block::Channel& channel, uint64_t offs
 Task<void> Session::do_block_status(RequestHeader rq) {
     for (size_t i = 0; i < config_.contexts.size(); ++i) {
         const bool one = rq.flags & kCmdReqOne;
-        Result<ExtentList> extents = co_await query_allocation(channel_, rq.offset, rq.length, one);
+        Result<ExtentList> extents = co_await query_allocation(channel_, fd_, rq.offset, rq.length, one);
         if (!extents) {
             reply_failure(rq, extents.error());
             break;

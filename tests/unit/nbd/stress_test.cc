@@ -133,3 +133,35 @@ TEST_CASE("nbd stress: verified load on several loops while exports come, go and
     INFO(rounds << " rounds, " << served << " visits");
     REQUIRE(daemon.eventually([&] { return daemon.server().connections() == 0; }));
 }
+
+TEST_CASE("nbd stress: a client that never lets the server rest does not starve others of the same loop", "[nbd]") {
+    RuntimeOptions options = test::runtime_options_from_env();
+    options.io_loops = 1;
+    NbdDaemon daemon(options);
+    daemon.serve_disk();
+    std::atomic<bool> stop{false};
+    std::atomic<bool> flooding{false};
+    const auto flood = [](const std::string& path, std::atomic<bool>* end, std::atomic<bool>* begun) {
+        NbdClient client(path);
+        client.enter("disk");
+        Bytes batch;
+        for (int i = 0; i < 64; ++i) {
+            const Bytes one = NbdClient::request_bytes(kCmdRead, 1, 0, 16);
+            batch.insert(batch.end(), one.begin(), one.end());
+        }
+        client.send(batch);
+        while (!end->load()) {
+            // Always a full batch ahead.
+            client.send(batch);
+            client.receive(64 * (kSimpleReplySize + 16));
+            begun->store(true);
+        }
+    };
+    auto flooder = std::async(std::launch::async, flood, daemon.socket_path(), &stop, &flooding);
+    REQUIRE(daemon.eventually([&] { return flooding.load(); }));
+    NbdClient victim(daemon.socket_path());
+    victim.enter("disk");
+    for (int i = 0; i < 200; ++i) REQUIRE(victim.read(0, 512));
+    stop = true;
+    flooder.get();
+}
