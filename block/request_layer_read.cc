@@ -55,8 +55,15 @@ Task<Result<BlockStatus>> RequestLayer::block_status(Node& n, Request& rq, uint6
     const uint64_t end = std::min(align_up(offset + length, unit), size);
     CO_TRY(BlockStatus status, co_await n.do_block_status(rq, begin, end - begin));
     const uint64_t skip = offset - begin;
-    if (status.length <= skip) {
+    if (status.length == 0) {
         co_return fail(ErrorKind::kIo, "node '{}': block status at {} made no progress", n.name_, offset);
+    }
+    if (status.length <= skip) {
+        // The kind changes inside the unit, before `offset`: "data" is never wrong.
+        status = {};
+        status.length = unit;
+        status.data = status.allocated = true;
+        status.depth = 1;
     }
     status.length = std::min(status.length - skip, length);
     if (status.has_offset) status.host_offset += skip;

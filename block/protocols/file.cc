@@ -152,6 +152,7 @@ int FileNode::cut_padding() {
 }
 
 Task<void> FileNode::close() {
+    while (looks_ != 0) co_await looked_.wait();
     if (!fd_) co_return;
     const bool sync = dirty_.load(std::memory_order_relaxed) && !flags().cache_no_flush;
     const int r = co_await run_blocking([&] {
@@ -168,8 +169,11 @@ Task<void> FileNode::close() {
 Task<Result<ImageInfo>> FileNode::image_info() {
     ImageInfo info;
     info.virtual_size = size();
+    if (closed()) co_return info;
     struct stat st;
+    ++looks_;
     const int r = co_await run_blocking([&] { return ::fstat(fd_.get(), &st) < 0 ? errno : 0; });
+    if (--looks_ == 0) looked_.notify_all();
     if (r) co_return fail_errno(r, "Could not look at '{}'", filename());
     info.actual_size = static_cast<uint64_t>(st.st_blocks) * 512;
     co_return info;

@@ -16,6 +16,7 @@
 #include "block/protocols/file_write_queue.h"
 #include "block/protocols/file_zeroes.h"
 #include "block/request_epochs.h"
+#include "runtime/sync.h"
 
 namespace gantry::block {
 
@@ -143,6 +144,8 @@ class FileNode : public Node {
     OpenedFile attributes_;  // its fd is unused
     FileLockSet locks_;
     Pending pending_;
+    uint32_t looks_ = 0;  // image_info() under way: close() waits for them
+    WaitQueue looked_;
 };
 
 /// Opens a node of either kind.

@@ -36,7 +36,35 @@ struct Files : GraphFixture {
     const std::string path = dir.file("img");
 };
 
+/// Whose holes are finer than its request alignment.
+struct FineHoles : Node {
+    FineHoles() : Node("fine", "fine", {}) {
+        set_size(65536);
+        limits_.request_alignment = 4096;
+    }
+    Task<Result<>> do_read(Request&, uint64_t, IoVec) override { co_return Result<>(); }
+    Task<Result<BlockStatus>> do_block_status(Request&, uint64_t offset, uint64_t length) override {
+        BlockStatus status;
+        status.length = std::min<uint64_t>(length, 1024);
+        status.data = offset / 1024 % 2 != 0;
+        status.zero = !status.data;
+        status.allocated = true;
+        co_return status;
+    }
+};
+
 }  // namespace
+
+TEST_CASE("request layer: what changes inside an alignment unit is told as data", "[block][status]") {
+    TestRuntime rt;
+    FineHoles node;
+    auto first = rt.run(node_status(&node, 8192, 512));
+    REQUIRE(first);
+    CHECK((first->zero && first->length == 512));
+    auto second = rt.run(node_status(&node, 8192 + 1536, 16384));
+    REQUIRE(second);
+    CHECK((second->data && !second->zero && second->length == 4096 - 1536));
+}
 
 TEST_CASE("root: statistics are answered although the root goes meanwhile", "[block][root]") {
     RuntimeOptions runtime = runtime_options_from_env();
