@@ -2,6 +2,8 @@
 
 #include <catch2/catch.hpp>
 
+#include <unistd.h>
+
 #include "tests/support/model_run.h"
 #include "tests/support/node_io.h"
 
@@ -176,28 +178,76 @@ TEST_CASE("model: a failing medium never damages what was acknowledged", "[block
     m.verify();
 }
 
-TEST_CASE("model: after a crash everything flushed is there", "[block][model][crash]") {
+namespace {
+
+/// Remembers what a disk with a volatile cache is sure to hold: its contents when the last flush began.
+struct VolatileCache {
+    explicit VolatileCache(std::shared_ptr<MemoryDisk> d) : disk(std::move(d)) {
+        save();
+        disk->set_fault([this](MemoryDisk::Op op, uint64_t, uint64_t) {
+            if (op == MemoryDisk::Op::kFlush) save();
+            return 0;
+        });
+    }
+    ~VolatileCache() { disk->set_fault(nullptr); }
+    void save() {
+        stable.resize(disk->size());
+        const ssize_t n = ::pread(disk->fd(), stable.data(), stable.size(), 0);
+        if (n != static_cast<ssize_t>(stable.size())) throw std::runtime_error("reading a test disk");
+    }
+    /// Each sector as it is, or, with `loss` percent, as it was.
+    Bytes after_power_cut(unsigned loss, std::mt19937_64& random) const {
+        Bytes image = disk->bytes(0, disk->size());
+        Bytes old = stable;
+        old.resize(image.size());
+        for (size_t at = 0; loss && at < image.size(); at += 512) {
+            const size_t length = std::min<size_t>(512, image.size() - at);
+            if (random() % 100 < loss) std::memcpy(image.data() + at, old.data() + at, length);
+        }
+        return image;
+    }
+    std::shared_ptr<MemoryDisk> disk;
+    Bytes stable;
+};
+
+/// Bytes that differ although they were flushed and not written since.
+uint64_t lost_bytes(const Bytes& got, const ModelRun& m) {
+    uint64_t lost = 0;
+    for (uint64_t at = 0; at < got.size(); at += 4096) {
+        const uint64_t end = std::min<uint64_t>(at + 4096, got.size());
+        if (std::memcmp(got.data() + at, m.model.data() + at, end - at) == 0) continue;
+        for (uint64_t b = at; b < end; b++) lost += !m.touched[b] && got[b] != m.model[b];
+    }
+    return lost;
+}
+
+}  // namespace
+
+TEST_CASE("model: after a crash or a power cut everything flushed is there", "[block][model][crash]") {
     const BlocksCase c = GENERATE(from_range(kBlocksCases));
     CAPTURE(c.name);
     Disks disks;
     BlockFormat::create(*disks.image, kSize, kMaxSize, c.key);
+    VolatileCache cache(disks.image);
     ModelRun m;
     m.can_compress = true;
     m.open(blocks_definitions(c), blocks_contents(c, disks, kSize));
     m.touched.assign(kSize, 0);
-    for (unsigned i = 0; i < 8; i++) {
-        m.run_sequential(10 + model_operations(1) / 30, 100 + i);
-        // The process is killed here: what it wrote to the file stays.
-        auto copy = Disks::fresh("crash");
-        const Bytes bytes = disks.image->bytes(0, disks.image->size());
-        copy->write(0, bytes.data(), bytes.size());
-        CHECK(BlockFormat::check(*copy) == "");
-        ModelRun after;
-        after.open(blocks_definitions(c, "crash"), m.model);
-        const auto got = after.run(node_read(&after.node("n"), 0, kSize));
-        REQUIRE(got.has_value());
-        uint64_t lost = 0;
-        for (uint64_t b = 0; b < kSize; b++) lost += !m.touched[b] && (*got)[b] != m.model[b];
-        CHECK(lost == 0);
+    std::mt19937_64 random(4711);
+    for (unsigned i = 0; i < 12; i++) {
+        m.run_sequential(10 + random() % 40 + model_operations(1) / 100, 100 + i);
+        // 0: the process is killed, and what it wrote stays.
+        for (const unsigned loss : {0u, 10u, 50u, 100u}) {
+            CAPTURE(i, loss);
+            auto copy = Disks::fresh("crash");
+            const Bytes bytes = cache.after_power_cut(loss, random);
+            copy->write(0, bytes.data(), bytes.size());
+            CHECK(BlockFormat::check(*copy) == "");
+            ModelRun after;
+            after.open(blocks_definitions(c, "crash"), m.model);
+            const auto got = after.run(node_read(&after.node("n"), 0, kSize));
+            REQUIRE(got.has_value());
+            CHECK(lost_bytes(*got, m) == 0);
+        }
     }
 }
