@@ -405,6 +405,19 @@ TEST_CASE("request layer: dirty bitmaps are marked after every change, failed on
     CHECK(rt.run(try_write(&node)) == 0);
 }
 
+TEST_CASE("request layer: preload is cut to the node", "[block][request]") {
+    TestRuntime rt;
+    ProbeNode node(10000);
+    auto preload = [](ProbeNode* n, uint64_t offset, uint64_t length) -> Task<Result<>> {
+        Request rq = Request::internal();
+        co_return co_await n->preload(rq, offset, length);
+    };
+    CHECK(rt.run(preload(&node, 9000, UINT64_MAX)).has_value());
+    CHECK(rt.run(preload(&node, 10000, 5)).has_value());
+    CHECK(rt.run(preload(&node, 5, 0)).has_value());
+    CHECK(node.log() == "P 9000+1000");
+}
+
 TEST_CASE("request layer: block status is cut to what was asked and knows the end", "[block][request]") {
     TestRuntime rt;
     ProbeNode node(10000, {}, aligned(512));
