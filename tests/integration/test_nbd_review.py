@@ -15,7 +15,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 import gantry_test
 import nbd_raw as nbd
-from gantry_test import GANTRYD, GIB, KIB, MIB, Case, require_gantry, wait_for
+from gantry_test import GANTRYD, KIB, MIB, Case, require_gantry, wait_for
 from nbd_raw import Raw
 
 
@@ -121,8 +121,97 @@ class End(Case):
             other.close()
 
 
+class Removal(Case):
+    def fragmented(self, extents):
+        """Data and holes of 4 KiB in turn."""
+        path = self.path("fragmented.raw")
+        with open(path, "wb") as file:
+            file.truncate(extents * 4 * KIB)
+            for i in range(0, extents, 2):
+                file.seek(i * 4 * KIB)
+                file.write(b"x" * 4 * KIB)
+        return path, extents * 4 * KIB
+
+    def test_a_removal_does_not_wait_for_all_block_status_of_a_client(self):
+        require_gantry("the reference ends it later or not at all")
+        image, size = self.fragmented(40000)
+        server = self.daemon("--blockdev", f"driver=file,node-name=disk,filename={image}")
+        path = self.start_nbd(server.qmp)
+        for mode in ("cut", "gone"):
+            server.qmp.cmd("block-export-add", {"type": "nbd", "id": "e", "node-name": "disk"})
+            client = Raw(path)
+            client.enter("disk", structured=True, status=True)
+            begin = time.monotonic()
+            self.assertEqual(len(client.status(0, size)), 40000)
+            once = time.monotonic() - begin
+            client.send(b"".join(nbd.request(nbd.BLOCK_STATUS, 0, size, cookie=i) for i in range(200)))
+            if mode == "gone":
+                client.close()
+            begin = time.monotonic()
+            server.qmp.cmd("block-export-del", {"id": "e", "mode": "hard"})
+            server.qmp.event("BLOCK_EXPORT_DELETED", id="e")
+            self.assertLess(time.monotonic() - begin, 10 * once + 1)
+            client.close()
+
+    def test_removal_and_stop_at_every_byte_of_a_conversation(self):
+        require_gantry("the reference hangs in nbd-server-stop")
+        image = self.raw_image("disk.raw", MIB)
+        server = self.daemon("--blockdev", f"driver=file,node-name=disk,filename={image}")
+        flags = struct.pack(">I", 3)
+        go = nbd.info("e", 3)
+        go = struct.pack(">QII", nbd.IHAVEOPT, nbd.OPT_GO, len(go)) + go
+        write = nbd.request(nbd.WRITE, 4096, 100000, data=b"w" * 100000)
+        talk = flags + go + nbd.request(nbd.READ, 0, 65536) + write
+        marks = [0, 1, 4, 5, 12, 20, 28, len(flags + go) - 1, len(flags + go), len(flags + go) + 27, len(flags + go) + 28,
+                 len(talk) - 100001, len(talk) - 100000, len(talk) - 60000, len(talk) - 1, len(talk)]
+        for mark in marks:
+            path = self.start_nbd(server.qmp)
+            server.qmp.cmd("block-export-add", {"type": "nbd", "id": "e", "node-name": "disk", "name": "e", "writable": True})
+            clients = [Raw(path) for _ in range(3)]
+            for client in clients:
+                client.send(talk[:mark])
+            if mark % 2:
+                server.qmp.cmd("block-export-del", {"id": "e", "mode": "hard"})
+                server.qmp.event("BLOCK_EXPORT_DELETED", id="e")
+                server.qmp.cmd("nbd-server-stop")
+            else:
+                server.qmp.cmd("nbd-server-stop")
+                server.qmp.event("BLOCK_EXPORT_DELETED", id="e")
+            for client in clients:
+                self.assertTrue(client.ends())
+                client.close()
+        server.qmp.cmd("blockdev-del", {"node-name": "disk"})
+        with open(image, "rb") as file:
+            data = file.read()
+        self.assertIn(data[4096:104096], (bytes(100000), b"w" * 100000))
+
+    def test_removal_and_stop_while_reopens_run(self):
+        require_gantry("the reference hangs in nbd-server-stop")
+        image = self.raw_image("disk.raw", MIB)
+        server = self.daemon("--blockdev", f"driver=file,node-name=disk,filename={image}")
+        other = server.monitor()
+        other.socket.settimeout(60)
+        options = {"driver": "file", "node-name": "disk", "filename": image}
+        for i in range(15):
+            path = self.start_nbd(server.qmp)
+            server.qmp.cmd("block-export-add", {"type": "nbd", "id": "e", "node-name": "disk", "name": "e", "writable": True})
+            clients = [Raw(path) for _ in range(3)]
+            for client in clients:
+                client.enter("e")
+                client.send(nbd.request(nbd.WRITE, 0, 200000, data=b"w" * 200000) * 4 + nbd.request(nbd.WRITE, 0, 5000, data=b"half"))
+            other.send(command("blockdev-reopen", options=[{**options, "detect-zeroes": ("off", "on")[i % 2]}]) * 4)
+            server.qmp.cmd("nbd-server-stop")
+            server.qmp.event("BLOCK_EXPORT_DELETED", id="e")
+            for _ in range(4):
+                self.assertEqual(other.reply(), {"return": {}})
+            for client in clients:
+                self.assertTrue(client.ends())
+                client.close()
+
+
 class Monitor(Case):
     def test_a_monitor_that_sends_without_pause_does_not_keep_others_waiting(self):
+        require_gantry("the reference lets it")
         for data in (b" " * 65536, b'{"exec-oob":"query-version"}' * 2000, b"]" * 65536):
             server = self.daemon()
             flood = Flood(server.monitor(enable=["oob"]).socket, data)
