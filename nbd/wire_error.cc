@@ -18,6 +18,13 @@ WireError wire_error(int errno_value, bool fast_zero) {
         case EREMOTEIO:
         case EILSEQ:
         case ESTALE:
+        case EUCLEAN:
+        case EBADMSG:
+        case ENODATA:
+        case ENETDOWN:
+        case ENETUNREACH:
+        case EHOSTUNREACH:
+        case ECONNABORTED:
         case ECONNRESET:
         case ECONNREFUSED:
         case ENOTCONN:
