@@ -19,7 +19,8 @@ struct Request {
     Loop* loop = nullptr;
     Channel* channel = nullptr;  // null: internal (opening, jobs' metadata)
     uint64_t epoch = 0;          // begin order on its channel; see Graph::quarantine
-    bool inline_tried = false;   // try_read() already said "would block": do not try again
+    bool inline_tried =
+        false;  // try_read() or try_write() said "would block", or the caller wants it done beside the loop
 
     /// An operation begun by the graph or a node itself on the current loop.
     static Request internal();

@@ -90,7 +90,7 @@ class Session {
     static uint64_t cost(const RequestHeader& rq);
     void finish(const RequestHeader& rq);
 
-    Task<void> do_read(RequestHeader rq);
+    Task<void> do_read(RequestHeader rq, bool inline_tried);
     Task<void> do_structured_read(RequestHeader rq);
     Task<void> do_write(RequestHeader rq, Buffer data);
     Task<void> do_flush(RequestHeader rq);
@@ -139,6 +139,9 @@ class Session {
 
     uint32_t turn_requests_ = 0;  // budget of this turn
     uint64_t turn_bytes_ = 0;
+
+    uint32_t inline_writes_left_ = 0;  // large writes to be done on the reader's turn, see write_received()
+    uint32_t alone_in_a_row_ = 0;      // large writes done beside the loop while nothing else came
 
     uint32_t in_flight_ = 0;
     uint64_t in_flight_bytes_ = 0;

@@ -86,13 +86,14 @@ void Session::reply_data(const RequestHeader& rq, Buffer data) {
 void Session::read_now(const RequestHeader& rq) {
     if (rq.length == 0) return reply_empty_read(rq);
     if (rq.length <= kArenaRead) {
-        if (!try_read_small(rq)) start(rq, do_read(rq));
+        if (!try_read_small(rq)) start(rq, do_read(rq, true));
         return;
     }
     const bool want_holes = config_.structured && !(rq.flags & kCmdDf) && rq.length >= kHoleThreshold &&
                             !(rq.offset >= known_data_begin_ && rq.offset + rq.length <= known_data_end_);
     if (want_holes) return start(rq, do_structured_read(rq));
-    if (rq.length > kInlineRead || !try_read_large(rq)) start(rq, do_read(rq));
+    const bool try_inline = rq.length <= kInlineRead;
+    if (!try_inline || !try_read_large(rq)) start(rq, do_read(rq, try_inline));
 }
 
 bool Session::try_read_small(const RequestHeader& rq) {
@@ -132,7 +133,7 @@ bool Session::try_read_large(const RequestHeader& rq) {
     return true;
 }
 
-Task<void> Session::do_read(RequestHeader rq) {
+Task<void> Session::do_read(RequestHeader rq, bool inline_tried) {
     auto memory = Buffer::try_alloc(rq.length);
     if (!memory) {
         reply_error(rq, kWireNoMem, wire_error_text(kWireNoMem));
@@ -140,7 +141,7 @@ Task<void> Session::do_read(RequestHeader rq) {
         co_return;
     }
     const iovec one = memory->iov();
-    const Result<> result = co_await channel_.read(rq.offset, IoVec(one));
+    const Result<> result = co_await channel_.read(rq.offset, IoVec(one), inline_tried);
     if (result) {
         reply_data(rq, std::move(*memory));
     } else {

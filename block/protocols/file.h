@@ -91,7 +91,7 @@ class FileNode : public Node {
     void note_write(uint64_t end, size_t bytes, int64_t took_ns, bool blocked);
     void note_slow_write(bool blocked);
     int write_now(uint64_t offset, const IoVec& iov, int64_t begin_ns);
-    Task<int> write_buffered(uint64_t offset, IoVec iov);
+    Task<int> write_buffered(const Request& rq, uint64_t offset, IoVec iov);
     Task<int> write_direct(uint64_t offset, IoVec iov, int rw_flags);
     int write_stable(uint64_t offset, const IoVec& iov);
     /// The page cache has lost something: no flush succeeds any more.

@@ -16,6 +16,8 @@ namespace {
 
 /// More than this is copied by the pool, so that the loop stays responsive.
 constexpr size_t kInlineMax = 1 << 20;
+/// Who has tried, or chosen not to try, a write of more than this inline wants it done beside the loop.
+constexpr size_t kOverlapMin = 128 << 10;
 /// A buffered write that takes longer than this plus its copying was throttled or waited for the disk - or its thread
 /// was kept from a processor, as happens on a busy machine. After one, writes are looked at closely (a system call
 /// more) for a while, and one that then sleeps that long moves the file's writes off the loop: longer each time when
@@ -84,9 +86,10 @@ int FileNode::do_try_write(Request&, uint64_t offset, const IoVec& iov, WriteFla
     return r == -EAGAIN ? -EIO : r;
 }
 
-Task<int> FileNode::write_buffered(uint64_t offset, IoVec iov) {
+Task<int> FileNode::write_buffered(const Request& rq, uint64_t offset, IoVec iov) {
     const int64_t now = monotonic_ns();
-    if (write_inline_ok(iov.bytes, now)) co_return write_now(offset, iov, now);
+    const bool beside = rq.inline_tried && iov.bytes > kOverlapMin;
+    if (!beside && write_inline_ok(iov.bytes, now)) co_return write_now(offset, iov, now);
     auto write = writes_.write(fd_.get(), iov, offset);
     const int r = co_await write;
     note_write(offset + iov.bytes, iov.bytes, write.took_ns, write.blocked);
@@ -134,7 +137,7 @@ int FileNode::write_stable(uint64_t offset, const IoVec& iov) {
     return r;
 }
 
-Task<Result<>> FileNode::do_write(Request&, uint64_t offset, IoVec iov, WriteFlags flags) {
+Task<Result<>> FileNode::do_write(Request& rq, uint64_t offset, IoVec iov, WriteFlags flags) {
     const bool fua = has(flags, WriteFlags::kFua);
     int r;
     if (direct_.load(std::memory_order_relaxed)) {
@@ -151,7 +154,7 @@ Task<Result<>> FileNode::do_write(Request&, uint64_t offset, IoVec iov, WriteFla
         r = co_await run_blocking([&] { return write_stable(offset, iov); });
         note_write(offset + iov.bytes, iov.bytes, 0, false);
     } else {
-        r = co_await write_buffered(offset, iov);
+        r = co_await write_buffered(rq, offset, iov);
     }
     if (r < 0) co_return fail_errno(-r, "writing {} bytes to '{}' at {}", iov.bytes, filename(), offset);
     co_return Result<>();
