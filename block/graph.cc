@@ -9,6 +9,7 @@
 #include "block/size_watch.h"
 #include "runtime/buffer.h"
 #include "runtime/log.h"
+#include "schema/identifier.h"
 
 namespace gantry::block {
 
@@ -17,12 +18,6 @@ namespace {
 constexpr size_t kMaxNodeName = 31;
 constexpr int kMaxDepth = 200;  // of backing chains and nested definitions
 constexpr size_t kProbeBytes = 4096;
-
-bool well_formed(std::string_view name) {
-    auto letter = [](char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); };
-    auto rest = [&](char c) { return letter(c) || (c >= '0' && c <= '9') || c == '-' || c == '.' || c == '_'; };
-    return !name.empty() && letter(name[0]) && std::ranges::all_of(name, rest);
-}
 
 }  // namespace
 
@@ -59,7 +54,7 @@ const Driver* Graph::driver(std::string_view name) const {
 std::string Graph::make_node_name() { return fmt::format("#block{:03}", next_name_++); }
 
 Result<> Graph::check_name(std::string_view name) const {
-    if (!well_formed(name)) return fail(ErrorKind::kInvalid, "Invalid node-name: '{}'", name);
+    if (!schema::is_identifier(name)) return fail(ErrorKind::kInvalid, "Invalid node-name: '{}'", name);
     if (name.size() > kMaxNodeName) return fail(ErrorKind::kInvalid, "Node name too long");
     const bool taken = std::ranges::any_of(all_, [&](const auto& node) { return node->name() == name; }) ||
                        std::ranges::find(opening_names_, name) != opening_names_.end();

@@ -34,7 +34,6 @@ Result<std::unique_ptr<Daemon>> Daemon::create(DaemonSettings settings) {
     check_registry();
     block_signals();
     TRY(auto runtime, Runtime::create(settings.runtime));
-    log::info("I/O back end: {}", runtime->backend_reason());
     std::unique_ptr<Daemon> daemon(new Daemon(std::move(settings), std::move(runtime)));
     auto signals = SignalWaiter::create();
     if (!signals) {

@@ -4,6 +4,7 @@
 #include "exports/export.h"
 #include "runtime/log.h"
 #include "runtime/task_scope.h"
+#include "schema/identifier.h"
 
 namespace gantry::exports {
 
@@ -32,13 +33,6 @@ struct Registry::Impl {
 };
 
 namespace {
-
-/// The rule of node names, without their length limit.
-bool is_identifier(std::string_view id) {
-    const auto letter = [](char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); };
-    const auto rest = [&](char c) { return letter(c) || (c >= '0' && c <= '9') || c == '-' || c == '.' || c == '_'; };
-    return !id.empty() && letter(id[0]) && std::ranges::all_of(id, rest);
-}
 
 /// How messages name the export.
 std::string user_name(std::string_view type, std::string_view id) {
@@ -70,7 +64,7 @@ Task<Result<>> Registry::add(json::object options) {
     const std::string id = view.str("id");
     const std::string type_name = view.str("type");
     const std::string node_name = view.str("node-name");
-    if (!is_identifier(id)) co_return fail(ErrorKind::kInvalid, "Invalid block export id");
+    if (!schema::is_identifier(id)) co_return fail(ErrorKind::kInvalid, "Invalid block export id");
     if (std::ranges::any_of(entries_, [&](const auto& e) { return e->id == id; })) {
         co_return fail(ErrorKind::kExists, "Block export id '{}' is already in use", id);
     }

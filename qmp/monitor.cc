@@ -9,6 +9,7 @@
 #include "runtime/log.h"
 #include "runtime/socket.h"
 #include "runtime/timer.h"
+#include "schema/identifier.h"
 #include "schema/options.h"
 
 namespace gantry::qmp {
@@ -25,15 +26,19 @@ struct Monitors::Chardev {
 
 Monitors::Monitors() = default;
 
-Monitors::~Monitors() {
-    CHECK(sessions_.empty(), "monitors are stopped before they are destroyed");
-}
+Monitors::~Monitors() { CHECK(sessions_.empty(), "monitors are stopped before they are destroyed"); }
 
 Task<Result<>> Monitors::add_chardev(json::object raw) {
     schema::Options options(raw);
     auto chardev = std::make_unique<Chardev>();
     chardev->id = options.str("id");
     if (chardev->id.empty()) co_return fail(ErrorKind::kInvalid, "chardev: no id specified");
+    if (!schema::is_identifier(chardev->id)) {
+        co_return fail(
+            ErrorKind::kInvalid,
+            "Parameter 'id' expects an identifier; '{}' is not letters, digits, '-', '.', '_' after a letter",
+            chardev->id);
+    }
     if (chardevs_.contains(chardev->id))
         co_return fail(ErrorKind::kExists, "Chardev with id '{}' already exists", chardev->id);
     if (options.str("backend") == "stdio") {
@@ -57,7 +62,8 @@ Task<Result<>> Monitors::open_socket(Chardev& chardev, const json::object& raw) 
     if (options.has("path") + options.has("host") + options.has("fd") > 1) {
         co_return fail(ErrorKind::kInvalid, "None or one of 'path', 'fd' or 'host' option required.");
     }
-    if (options.has("host") && !options.has("port")) co_return fail(ErrorKind::kInvalid, "chardev: socket: no port given");
+    if (options.has("host") && !options.has("port"))
+        co_return fail(ErrorKind::kInvalid, "chardev: socket: no port given");
     if (options.has("fd")) {
         CO_TRY(UniqueFd fd, services_->resolve_fd(options.str("fd")));
         chardev.listeners.push_back(std::move(fd));

@@ -2,20 +2,12 @@
 
 #include <latch>
 
+#include "schema/identifier.h"
 #include "schema/options.h"
 
 namespace gantry::qmp {
 
 namespace {
-
-bool is_identifier(std::string_view id) {
-    auto letter = [](char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); };
-    if (id.empty() || !letter(id.front())) return false;
-    for (char c : id) {
-        if (!letter(c) && !(c >= '0' && c <= '9') && c != '-' && c != '.' && c != '_') return false;
-    }
-    return true;
-}
 
 Result<int64_t> non_negative(const schema::Options& options, std::string_view key, int64_t fallback) {
     int64_t value = options.integer(key, fallback);
@@ -28,7 +20,7 @@ Result<int64_t> non_negative(const schema::Options& options, std::string_view ke
 Result<> Objects::add(const json::object& raw) {
     schema::Options options(raw);
     std::string id = options.str("id");
-    if (!is_identifier(id)) {
+    if (!schema::is_identifier(id)) {
         return fail(ErrorKind::kInvalid,
                     "Parameter 'id' expects an identifier; '{}' is not letters, digits, '-', '.', '_' after a letter",
                     id);
