@@ -65,6 +65,9 @@ Daemon::Daemon(DaemonSettings settings, std::unique_ptr<Runtime> runtime)
                 [this](std::string_view name) { return resolve_fd(name); }},
       watchdog_(*runtime_, notifier_) {
     monitors_.set_services(&services_);
+    // Who connects during the start-up finds everything that the command line asks for, or nobody.
+    nbd_server_.hold_clients();
+    monitors_.hold_clients();
 }
 
 Daemon::~Daemon() {
@@ -161,6 +164,8 @@ void Daemon::shut_down() {
 }
 
 Task<void> Daemon::main_task() {
+    nbd_server_.let_clients_in();
+    monitors_.let_clients_in();
     watchdog_.start();
     if (notifier_.active()) scope_.spawn(report_status());
     co_await quit_.wait();

@@ -78,7 +78,8 @@ struct Server::Impl final : ExportDirectory {
     std::vector<std::unique_ptr<Listener>> listeners;
     std::map<std::string, NbdExport*, std::less<>> exports;
     std::list<Connection*> clients;
-    WaitQueue slot_free;
+    bool held = false;    // nobody is let in yet
+    WaitQueue slot_free;  // or no longer held
     TaskScope scope;
     Clock::time_point warning_second{};
     unsigned warnings = 0;
@@ -103,7 +104,7 @@ ConnectionLimits Server::Impl::limits() const {
 
 Task<void> Server::Impl::accept_clients(Listener* listener) {
     while (state == State::kRunning) {
-        if (full()) {
+        if (held || full()) {
             co_await slot_free.wait();
             continue;
         }
@@ -155,6 +156,13 @@ void Server::Impl::warn_about(const Connection& connection) {
 Server::Server(Runtime& runtime) : impl_(std::make_unique<Impl>(*this, runtime)) {}
 
 Server::~Server() { CHECK(impl_->state == Impl::State::kStopped, "the NBD server is stopped before it is destroyed"); }
+
+void Server::hold_clients() { impl_->held = true; }
+
+void Server::let_clients_in() {
+    impl_->held = false;
+    impl_->slot_free.notify_all();
+}
 
 bool Server::running() const { return impl_->state == Impl::State::kRunning; }
 

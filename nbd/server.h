@@ -32,6 +32,9 @@ class Server {
     ~Server();  // stopped
 
     bool running() const;
+    /// Clients that connect wait until let_clients_in(): while the process starts up its exports come one by one.
+    void hold_clients();
+    void let_clients_in();
     /// nbd-server-start: "NBD server already running"; listens when it returns.
     Task<Result<>> start(ServerOptions options);
     /// Closes listeners (unlinking unix sockets it made), cuts off every client, also in the handshake, waits for them.

@@ -130,6 +130,7 @@ void Monitors::add_listener(UniqueFd listener, std::string path) {
 
 Task<void> Monitors::accept_loop(Chardev* chardev, int listener, bool pretty) {
     constexpr std::chrono::milliseconds kPauseWithoutDescriptors{100};
+    while (clients_held_ && !stopping_) co_await clients_let_in_.wait();
     while (!stopping_) {
         CancellableIo accept(io_accept(listener));
         chardev->accepting.push_back(&accept);
@@ -151,6 +152,8 @@ Task<void> Monitors::accept_loop(Chardev* chardev, int listener, bool pretty) {
 }
 
 Task<void> Monitors::serve(UniqueFd in, UniqueFd out, bool pretty) {
+    while (clients_held_ && !stopping_) co_await clients_let_in_.wait();
+    if (stopping_) co_return;
     int out_fd = out ? out.get() : in.get();
     Session session(*services_, in.get(), out_fd, pretty);
     sessions_.push_back(&session);
@@ -159,6 +162,11 @@ Task<void> Monitors::serve(UniqueFd in, UniqueFd out, bool pretty) {
     std::erase(sessions_, &session);
     Loop::current().forget_fd(in.get());
     if (out) Loop::current().forget_fd(out.get());
+}
+
+void Monitors::let_clients_in() {
+    clients_held_ = false;
+    clients_let_in_.notify_all();
 }
 
 void Monitors::broadcast(const json::object& event) {
@@ -180,6 +188,7 @@ void Monitors::stop_waiting() {
 
 Task<void> Monitors::stop() {
     stopping_ = true;
+    clients_let_in_.notify_all();
     for (auto& [id, chardev] : chardevs_) {
         for (CancellableIo* accept : chardev->accepting) accept->cancel();
         chardev->socket_file.remove();

@@ -35,6 +35,10 @@ class Monitors {
     /// A control socket without options: `listener` is bound and listening; `path` is unlinked at the end unless empty.
     void add_listener(UniqueFd listener, std::string path);
 
+    /// Clients that connect wait, ungreeted, until let_clients_in(): for the start-up.
+    void hold_clients() { clients_held_ = true; }
+    void let_clients_in();
+
     /// Queues an event on every session that has finished negotiation.
     void broadcast(const json::object& event);
     size_t sessions() const { return sessions_.size(); }
@@ -63,6 +67,8 @@ class Monitors {
     TaskScope scope_;
     CancellableIo* first_client_ = nullptr;  // while add_chardev() waits for one
     WaitQueue command_done_;
+    WaitQueue clients_let_in_;
+    bool clients_held_ = false;
     bool held_ = false;
     bool stopping_ = false;
 };

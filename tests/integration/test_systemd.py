@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -115,6 +116,35 @@ class Service(gt.Case):
             manager.stop()
             if not abstract:
                 os.unlink(self.path("notify"))
+
+    def test_nobody_is_let_in_before_everything_is_there(self):
+        """Who is in the queue of a passed socket already finds the last of many exports and every option done."""
+        nbd, qmp = self.listener("nbd"), self.listener("qmp")
+        clients = []
+        for path in ("nbd", "qmp") * 4:
+            client = socket.socket(socket.AF_UNIX)
+            client.settimeout(gt.DEADLINE)
+            client.connect(self.path(path))
+            self.addCleanup(client.close)
+            if path == "nbd":  # fixed newstyle, NBD_OPT_INFO of the last export
+                name = b"e99"
+                client.sendall(b"\0\0\0\3" + struct.pack(">8sIII", b"IHAVEOPT", 6, 4 + len(name) + 2, len(name)) + name + b"\0\0")
+            else:
+                client.sendall(b'{"execute": "qmp_capabilities"}{"execute": "query-block-exports"}')
+            clients.append((path, client))
+        words = ["--control-socket", "auto", *self.exports(100, address="addr.type=fd,addr.str=nbd")]
+        for i in range(20):  # opening files takes the daemon turns of its loop, in which it could greet clients
+            words[-2:-2] = ["--blockdev", f"file,node-name=f{i},filename={self.raw_image(f'{i}.raw', gt.MIB)}"]
+        manager = self.manager(*words, sockets=[("nbd", nbd), ("qmp", qmp)])
+        for path, client in clients:
+            data = b""
+            while len(data) < (38 if path == "nbd" else 100 * 50):
+                data += client.recv(1 << 20)
+            if path == "nbd":
+                self.assertEqual(struct.unpack(">QII", data[18:34]), (0x3e889045565a9, 6, 3))  # NBD_REP_INFO, no error
+            else:
+                self.assertIn(b'"e99"', data)
+        manager.stop()
 
     def test_status_follows_the_exports(self):
         manager = self.manager(*self.exports(), "--control-socket", self.path("ctl"))
