@@ -22,9 +22,13 @@ constexpr size_t kHeaderWindow = 4096;
 constexpr uint32_t kTurnRequests = 64;
 constexpr uint64_t kTurnBytes = 512u << 10;
 /// Replies leave when so many requests were answered or so many bytes wait, though more requests are buffered: the
-/// client works on them while we go on (docs/performance.md, "Gathering replies").
+/// client works on them while we go on (docs/performance.md, "Where the time goes").
 constexpr uint32_t kSendEveryRequests = 8;
 constexpr size_t kSendEveryBytes = 32u << 10;
+/// After so many requests that came alone the client is taken to have a queue depth of one; its next request is polled
+/// for.
+constexpr uint32_t kLoneRequests = 4;
+constexpr std::chrono::microseconds kNextRequest{50};
 /// A client that leaves this much unread is not read from.
 constexpr size_t kUnsentLimit = 1u << 20;
 
@@ -224,6 +228,7 @@ Task<bool> Session::fill() {
         if (n < 0) n = -errno;
     }
     if (n == -EAGAIN || n == -EINTR) {
+        foresee();
         const auto turn = channel_.loop().turn_time();
         n = co_await io_recv(fd_, in_.data() + end_, ask);
         // Data that was there already did not let others run.
@@ -239,6 +244,14 @@ Task<bool> Session::fill() {
     more_expected_ = static_cast<size_t>(n) == ask;
     if (more_expected_ && window_ < kReceiveSize) window_ = kReceiveSize;
     co_return true;
+}
+
+void Session::foresee() {
+    lone_requests_ = requests_ == requests_at_wait_ + 1 ? lone_requests_ + 1 : 0;
+    requests_at_wait_ = requests_;
+    // Two wake-ups between processors take longer than everything else such a request costs. What waits for the disk,
+    // or a deep queue, gains nothing.
+    if (lone_requests_ >= kLoneRequests && in_flight_ == 0) channel_.loop().expect_soon(kNextRequest);
 }
 
 Task<bool> Session::receive_payload() {

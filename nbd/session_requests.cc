@@ -12,8 +12,8 @@ namespace {
 /// Larger writes are not done on the reader's turn.
 constexpr uint32_t kInlineWrite = 1u << 20;
 /// Longer writes are done beside the loop while the next one is received: both copies then run at once
-/// (docs/performance.md, "Large writes"). For a client that sends one at a time the hand-over costs more than it saves:
-/// when nothing came meanwhile so many times in a row, many writes are done inline before it is tried again.
+/// (docs/performance.md, "Where the time goes"). For a client that sends one at a time the hand-over costs more than it
+/// saves: when nothing came meanwhile so many times in a row, many writes are done inline before it is tried again.
 constexpr uint32_t kOverlapWrite = 128u << 10;
 constexpr uint32_t kAloneInARow = 8;
 constexpr uint32_t kInlineAfterAlone = 128;
