@@ -21,7 +21,19 @@ namespace gantry::block {
 class Graph;
 class JobManager;
 
-enum class JobStatus : uint8_t { kUndefined, kCreated, kRunning, kPaused, kReady, kStandby, kWaiting, kPending, kAborting, kConcluded, kNull };
+enum class JobStatus : uint8_t {
+    kUndefined,
+    kCreated,
+    kRunning,
+    kPaused,
+    kReady,
+    kStandby,
+    kWaiting,
+    kPending,
+    kAborting,
+    kConcluded,
+    kNull
+};
 enum class JobVerb : uint8_t { kCancel, kPause, kResume, kSetSpeed, kComplete, kDismiss, kFinalize, kChange };
 std::string_view job_status_name(JobStatus s);
 std::string_view job_verb_name(JobVerb v);
@@ -32,13 +44,14 @@ struct JobOptions {
     std::string id;
     bool auto_finalize = true;
     bool auto_dismiss = true;
-    bool is_block_job = true;     // sends BLOCK_JOB_* events
-    uint64_t speed = 0;           // bytes/s, 0 = unlimited
+    bool is_block_job = true;  // sends BLOCK_JOB_* events
+    uint64_t speed = 0;        // bytes/s, 0 = unlimited
 };
 
-/// Derived classes implement run() and the finalisation hooks. At pause_point() a job holds neither a range lock nor a request.
+/// Derived classes implement run() and the finalisation hooks. At pause_point() a job holds neither a range lock nor a
+/// request.
 class Job {
- public:
+  public:
     Job(std::string_view type, JobOptions options);
     virtual ~Job();
 
@@ -56,10 +69,11 @@ class Job {
     /// Null while it runs well.
     const Error* error() const { return error_ ? error_.get() : nullptr; }
 
- protected:
+  protected:
     /// The work. Returns when done or failed; calls pause_point() often.
     virtual Task<Result<>> run() = 0;
-    /// After run() succeeded: may still fail; then commit() cannot. abort() after failure or cancel. clean() always, last.
+    /// After run() succeeded: may still fail; then commit() cannot. abort() after failure or cancel. clean() always,
+    /// last.
     virtual Task<Result<>> prepare() { co_return Result<>(); }
     virtual void commit() {}
     virtual void abort() {}
@@ -67,7 +81,8 @@ class Job {
     /// job-complete in ready or standby: run() is to finish at its next look. Default: refused.
     virtual Result<> complete();
 
-    /// Sleeps while paused (by the user or a drain); kCancelled when the job was cancelled. Only the user's pause shows in status().
+    /// Sleeps while paused (by the user or a drain); kCancelled when the job was cancelled. Only the user's pause shows
+    /// in status().
     Task<Result<>> pause_point();
     /// Waits as the speed limit demands for `bytes` done; includes a pause point.
     Task<Result<>> pace(uint64_t bytes);
@@ -76,15 +91,15 @@ class Job {
     /// Ends doze() and the sleep of pace().
     void wake();
 
-    /// While it lives the job counts as sitting at a pause point: around waits for the graph (whose holder may be draining jobs).
-    /// The job holds neither a range lock nor a request, and calls pause_point() next.
+    /// While it lives the job counts as sitting at a pause point: around waits for the graph (whose holder may be
+    /// draining jobs). The job holds neither a range lock nor a request, and calls pause_point() next.
     class Quiet {
-     public:
+      public:
         explicit Quiet(Job& job);
         ~Quiet();
         Quiet(const Quiet&) = delete;
 
-     private:
+      private:
         Job& job_;
         bool before_;
     };
@@ -92,7 +107,7 @@ class Job {
     void set_ready();
     void set_progress(uint64_t current, uint64_t total);
 
- private:
+  private:
     friend class JobManager;
     friend struct JobDriver;
     std::string type_;
@@ -102,13 +117,13 @@ class Job {
     uint64_t current_ = 0;
     uint64_t total_ = 0;
     bool user_paused_ = false;
-    bool running_ = false;    // run() is being executed
-    bool quiet_ = false;      // asleep at a pause point
+    bool running_ = false;  // run() is being executed
+    bool quiet_ = false;    // asleep at a pause point
     bool cancelled_ = false;
     bool finalize_requested_ = false;
     std::unique_ptr<Error> error_;
-    WaitQueue wake_;          // pause points and pending sleep here
-    Timer timer_;             // pace() and doze()
+    WaitQueue wake_;                  // pause points and pending sleep here
+    Timer timer_;                     // pace() and doze()
     Clock::time_point paid_until_{};  // what was done so far is within the speed limit from here on
 
     bool should_pause() const;
@@ -116,7 +131,7 @@ class Job {
 };
 
 class JobManager {
- public:
+  public:
     explicit JobManager(Graph& graph);
     ~JobManager();
 
@@ -141,7 +156,7 @@ class JobManager {
     /// quit: cancels all and waits until every job is null.
     Task<void> cancel_all();
 
- private:
+  private:
     friend class Job;
     friend struct JobDriver;
     Result<Job*> accept(std::string_view id, JobVerb verb) const;
@@ -151,9 +166,9 @@ class JobManager {
     bool all_quiet() const;
 
     Graph& graph_;
-    std::vector<std::unique_ptr<Job>> jobs_;   // oldest first
+    std::vector<std::unique_ptr<Job>> jobs_;  // oldest first
     uint32_t internal_pauses_ = 0;
-    WaitQueue changed_;                        // a job went quiet, ended or vanished
+    WaitQueue changed_;  // a job went quiet, ended or vanished
     TaskScope scope_;
 };
 
