@@ -71,6 +71,8 @@ class Session {
     /// A WRITE request begins at the front of the buffer.
     bool start_write(const RequestHeader& rq, size_t available, Need& need);
     Task<bool> fill();
+    /// Before a wait: a client that sends one request after the other is about to send the next one.
+    void foresee();
     Task<bool> receive_payload();
     Task<bool> skip_payload();
     Task<void> read_requests();
@@ -136,6 +138,9 @@ class Session {
     RequestHeader pending_{};     // of receive_payload() and skip_payload()
     Verdict pending_verdict_;
     uint64_t skip_left_ = 0;
+
+    uint64_t requests_at_wait_ = 0;  // requests_ when the reader last waited
+    uint32_t lone_requests_ = 0;     // waits in a row that brought one request each
 
     uint32_t turn_requests_ = 0;  // budget of this turn
     uint64_t turn_bytes_ = 0;

@@ -18,6 +18,9 @@ constexpr unsigned kTurnBudget = 1024;
 constexpr std::chrono::seconds kTrimAfter{2};
 /// The shortest busy polling that can pay off.
 constexpr std::chrono::nanoseconds kPollStart{4000};
+/// After so many expected events in a row that did not come in time, so many waits do not poll for one.
+constexpr uint32_t kVainPolls = 3;
+constexpr uint32_t kSkippedPolls = 256;
 
 constinit thread_local Loop* current_loop = nullptr;
 
@@ -205,22 +208,47 @@ void Loop::turn(const bool* done) {
     }
 }
 
+/// True when something came.
+bool Loop::poll_until(Clock::time_point deadline) {
+    const Impl& in = *impl_;
+    do {
+        backend_->wait(Clock::time_point::min());
+        if (!in.ready.empty() || in.has_posted()) return true;
+    } while (Clock::now() < deadline);
+    return false;
+}
+
+/// The same, for what expect_soon() announced.
+bool Loop::poll_for_expected(Clock::time_point next_timer) {
+    const auto limit = std::exchange(expected_within_, std::chrono::nanoseconds(0));
+    if (limit.count() == 0) return false;
+    if (polls_to_skip_ > 0) {
+        --polls_to_skip_;
+        return false;
+    }
+    if (poll_until(std::min(Clock::now() + limit, next_timer))) {
+        vain_polls_ = 0;
+        return true;
+    }
+    if (++vain_polls_ >= kVainPolls) {
+        vain_polls_ = 0;
+        polls_to_skip_ = kSkippedPolls;
+    }
+    return false;
+}
+
 void Loop::idle() {
     Impl& in = *impl_;
     const auto next_timer = in.timers.next_deadline();
     const std::chrono::nanoseconds poll_limit = poll_max();
     if (poll_limit.count() == 0) {
-        sleep(next_timer);
+        if (!poll_for_expected(next_timer)) sleep(next_timer);
         return;
     }
     const auto started = Clock::now();
     if (in.poll_time.count() > 0) {
         in.poll_time = std::min(in.poll_time, poll_limit);
-        const auto until = std::min(started + in.poll_time, next_timer);
-        do {
-            backend_->wait(Clock::time_point::min());
-            if (!in.ready.empty() || in.has_posted()) break;
-        } while (Clock::now() < until);
+        poll_until(std::min(started + in.poll_time, next_timer));
     }
     if (in.ready.empty() && !in.has_posted()) sleep(next_timer);
     // Poll longer when that would have caught the event, and less when it came long after.

@@ -5,6 +5,7 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <coroutine>
@@ -136,6 +137,10 @@ class Loop {
     std::chrono::nanoseconds poll_max() const {
         return std::chrono::nanoseconds(poll_max_ns_.load(std::memory_order_relaxed));
     }
+    /// What this loop waits for next should come within `limit` (the next request of a peer that answers at once): the
+    /// next wait polls so long before it sleeps. Tried rarely while that does not pay. Counts for one
+    /// wait; poll_max() comes first.
+    void expect_soon(std::chrono::nanoseconds limit) { expected_within_ = std::max(expected_within_, limit); }
     /// Kernel thread id once run() was entered, else 0. Any thread.
     int thread_id() const { return tid_.load(std::memory_order_relaxed); }
     /// Time at the start of this turn (cheap).
@@ -150,6 +155,8 @@ class Loop {
     Loop();
     void turn(const bool* done);
     void idle();
+    bool poll_until(Clock::time_point deadline);
+    bool poll_for_expected(Clock::time_point next_timer);
     void sleep(Clock::time_point deadline);
     void run_while(const bool& done);
 
@@ -160,6 +167,9 @@ class Loop {
     std::atomic<int> tid_{0};
     Clock::time_point turn_time_{};
     bool is_io_uring_ = false;
+    std::chrono::nanoseconds expected_within_{0};  // own loop only, as is the rest
+    uint32_t vain_polls_ = 0;                      // in a row, of expect_soon()
+    uint32_t polls_to_skip_ = 0;
 };
 
 namespace detail {

@@ -1,0 +1,50 @@
+// Loop::expect_soon(): polling for an announced event.
+
+#include <sys/socket.h>
+
+#include <catch2/catch.hpp>
+#include <thread>
+
+#include "runtime/io.h"
+#include "runtime/unique_fd.h"
+#include "tests/support/test_runtime.h"
+
+namespace gantry {
+namespace {
+
+Task<int> expect_in_vain(int rounds) {
+    int done = 0;
+    for (; done < rounds; ++done) {
+        Loop::current().expect_soon(std::chrono::microseconds(20));
+        co_await sleep_for(std::chrono::microseconds(50));
+    }
+    co_return done;
+}
+
+Task<int> expect_byte(int fd) {
+    char byte;
+    Loop::current().expect_soon(std::chrono::seconds(30));
+    const int n = co_await io_recv(fd, &byte, 1);
+    co_return n;
+}
+
+TEST_CASE("loop: what is expected in vain only delays the sleep", "[runtime][loop]") {
+    test::TestRuntime rt;
+    CHECK(rt.run(expect_in_vain(1000)) == 1000);
+}
+
+TEST_CASE("loop: an expected event ends the polling when it comes, long before its limit", "[runtime][loop]") {
+    test::TestRuntime rt;
+    int fds[2];
+    REQUIRE(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, fds) == 0);
+    const UniqueFd here(fds[0]), there(fds[1]);
+    const auto begin = Clock::now();
+    std::thread peer([fd = there.get()] { [[maybe_unused]] const auto n = ::send(fd, "x", 1, 0); });
+    CHECK(rt.run(expect_byte(here.get())) == 1);
+    CHECK(Clock::now() - begin < std::chrono::seconds(15));
+    peer.join();
+    rt.main_loop().forget_fd(here.get());
+}
+
+}  // namespace
+}  // namespace gantry
