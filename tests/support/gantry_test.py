@@ -206,8 +206,12 @@ class Daemon:
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.stderr_file,
                                         env={**os.environ, **(environment or {})}, **popen)
         if monitor:
-            self.qmp = wait_for(self.connect, f"the monitor of {' '.join(command)}")
-            self.qmp.cmd("qmp_capabilities")
+            try:
+                self.qmp = wait_for(self.connect, f"the monitor of {' '.join(command)}")
+                self.qmp.cmd("qmp_capabilities")
+            except BaseException:
+                self.kill()
+                raise
 
     def connect(self):
         """A connection to the monitor, once somebody greets (the socket of a killed predecessor may linger a moment)."""
