@@ -27,8 +27,11 @@ constexpr uint32_t kSendEveryRequests = 8;
 constexpr size_t kSendEveryBytes = 32u << 10;
 /// After so many requests that came alone the client is taken to have a queue depth of one; its next request is polled
 /// for.
-constexpr uint32_t kLoneRequests = 4;
+constexpr uint32_t kLoneRequests = 16;
 constexpr std::chrono::microseconds kNextRequest{50};
+/// No client gets a reply and sends its next request faster than this: what came sooner was on its way already, from a
+/// deep queue.
+constexpr std::chrono::microseconds kAnswerTime{8};
 /// A client that leaves this much unread is not read from.
 constexpr size_t kUnsentLimit = 1u << 20;
 
@@ -230,7 +233,9 @@ Task<bool> Session::fill() {
     if (n == -EAGAIN || n == -EINTR) {
         foresee();
         const auto turn = channel_.loop().turn_time();
+        const auto wait_began = Clock::now();
         n = co_await io_recv(fd_, in_.data() + end_, ask);
+        came_as_answer_ = Clock::now() - wait_began >= kAnswerTime;
         // Data that was there already did not let others run.
         if (channel_.loop().turn_time() != turn) {
             turn_requests_ = 0;
@@ -247,7 +252,7 @@ Task<bool> Session::fill() {
 }
 
 void Session::foresee() {
-    lone_requests_ = requests_ == requests_at_wait_ + 1 ? lone_requests_ + 1 : 0;
+    lone_requests_ = came_as_answer_ && requests_ == requests_at_wait_ + 1 ? lone_requests_ + 1 : 0;
     requests_at_wait_ = requests_;
     // Two wake-ups between processors take longer than everything else such a request costs. What waits for the disk,
     // or a deep queue, gains nothing.

@@ -141,6 +141,7 @@ class Session {
 
     uint64_t requests_at_wait_ = 0;  // requests_ when the reader last waited
     uint32_t lone_requests_ = 0;     // waits in a row that brought one request each
+    bool came_as_answer_ = false;    // the last wait was long enough for a client that answers a reply
 
     uint32_t turn_requests_ = 0;  // budget of this turn
     uint64_t turn_bytes_ = 0;
