@@ -27,6 +27,7 @@ class Graph;
 class Root;
 class Node;
 class DirtyBitmap;
+class ImageOperations;
 
 enum class DiscardMode : uint8_t { kIgnore, kUnmap };
 enum class DetectZeroes : uint8_t { kOff, kOn, kUnmap };
@@ -190,6 +191,8 @@ class Node : public std::enable_shared_from_this<Node> {
     /// The plain name when driver and path alone describe the node, else "json:{...}"; at most 1023 bytes.
     virtual std::string filename() const;
     virtual Task<Result<ImageInfo>> image_info();
+    /// What can be done to the image as a whole; null: nothing (protocols, filters).
+    virtual ImageOperations* image_operations() { return nullptr; }
     /// Cluster size for default granularities; 0 = none.
     virtual uint32_t cluster_size() const { return 0; }
     /// {driver: ..., counters} of query-blockstats; empty: none.

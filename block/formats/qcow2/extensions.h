@@ -34,6 +34,12 @@ struct CryptoExtension {
     uint64_t length = 0;
 };
 
+/// Our own: the state of writing (layout.h).
+struct SessionExtension {
+    uint64_t session = 0;
+    uint64_t flags = 0;
+};
+
 /// An extension this program does not know; a rewritten header carries it along.
 struct UnknownExtension {
     uint32_t type = 0;
@@ -46,6 +52,7 @@ struct Extensions {
     std::vector<FeatureName> features;
     std::optional<BitmapsExtension> bitmaps;
     std::optional<CryptoExtension> crypto;
+    std::optional<SessionExtension> session;
     std::vector<UnknownExtension> unknown;
 };
 

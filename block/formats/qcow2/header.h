@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 #include <string_view>
+#include <vector>
 
 #include "block/formats/qcow2/extensions.h"
 #include "block/formats/qcow2/layout.h"
@@ -32,6 +33,7 @@ struct Header {
     uint32_t refcount_order = 4;
     uint32_t header_length = kHeaderBytesV2;
     uint8_t compression_type = 0;
+    std::vector<uint8_t> unknown_fields;  // bytes from 112 up to header_length; survive a rewrite
 
     uint64_t cluster_size() const { return uint64_t{1} << cluster_bits; }
     bool has_incompatible(uint64_t bit) const { return (incompatible_features & bit) != 0; }

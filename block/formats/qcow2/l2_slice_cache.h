@@ -8,7 +8,11 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
+#include <utility>
+#include <vector>
 
+#include "runtime/buffer.h"
 #include "runtime/error.h"
 
 namespace gantry::block::qcow2 {
@@ -64,10 +68,51 @@ class L2SliceCache {
         return std::nullopt;
     }
 
-    /// Keeps the slice; `bytes` as on disk (big endian). Replaces what the cache has of it, else evicts one that was
-    /// not used lately.
+    /// A slice that stays where it is until the pin is gone. Movable; the cache outlives it.
+    class Pin {
+      public:
+        Pin() = default;
+        Pin(Pin&& o) noexcept : cache_(std::exchange(o.cache_, nullptr)), slot_(o.slot_) {}
+        Pin& operator=(Pin&& o) noexcept;
+        ~Pin() { release(); }
+        explicit operator bool() const { return cache_ != nullptr; }
+        uint64_t slice() const;
+        /// Stable only for words whose guest range the caller has claimed.
+        uint64_t word(uint32_t index) const { return cache_->words_of(slot_)[index].load(std::memory_order_relaxed); }
+        /// Changes adjacent words in one step that readers see whole or not at all; the slice is dirty afterwards.
+        void store(uint32_t first_index, std::span<const uint64_t> words);
+        void release();
+
+      private:
+        friend class L2SliceCache;
+        Pin(L2SliceCache* cache, uint64_t slot) : cache_(cache), slot_(slot) {}
+        L2SliceCache* cache_ = nullptr;
+        uint64_t slot_ = 0;
+    };
+    /// Empty: not here.
+    Pin pin(uint64_t slice);
+    /// insert() and pin() in one step. When the slice is here already, `bytes` are ignored (they may be older). Empty:
+    /// every place it could have is pinned or dirty.
+    Pin insert_and_pin(uint64_t slice, const uint8_t* bytes);
+
+    /// Slices changed since they were last taken; `bytes` as on disk. They stay resident and count as being written,
+    /// so they are not evicted, until written() or write_failed() is told; changed meanwhile, they are dirty again.
+    struct Dirty {
+        uint64_t slice = 0;
+        Buffer bytes;
+    };
+    std::vector<Dirty> take_dirty();
+    void written(std::span<const Dirty> slices);
+    void write_failed(std::span<const Dirty> slices);
+    uint64_t dirty_count() const { return dirty_.load(std::memory_order_relaxed); }
+
+    /// Keeps the slice if there is a place that is neither pinned nor dirty; `bytes` as on disk (big endian). Does
+    /// nothing when the slice is here already (memory is newer), else evicts one that was not used lately.
     void insert(uint64_t slice, const uint8_t* bytes);
+    /// Drops the slice; it is neither pinned nor dirty.
     void invalidate(uint64_t slice);
+    /// Drops everything; nothing is pinned or dirty, no reader runs behind (drained).
+    void drop_all();
     /// Drops what nobody used since the call before, and gives its memory back.
     void clean();
 
@@ -105,7 +150,7 @@ class L2SliceCache {
     Set* sets_ = nullptr;
     uint8_t* arena_ = nullptr;
     size_t sets_bytes_ = 0, arena_bytes_ = 0;
-    std::atomic<uint64_t> resident_{0};
+    std::atomic<uint64_t> resident_{0}, dirty_{0};
     std::array<std::mutex, kStripes> stripes_;
 };
 

@@ -25,6 +25,10 @@ constexpr uint64_t kIncompatKnown = 0x1f;
 constexpr uint64_t kCompatLazyRefcounts = 1 << 0;
 constexpr uint64_t kAutoclearBitmaps = 1 << 0;
 constexpr uint64_t kAutoclearRawData = 1 << 1;
+/// Ours: since we set it nobody else has written to the image (whoever does not know a bit here clears it before it
+/// writes), so that a mapping log of the session may be replayed.
+constexpr uint64_t kAutoclearSession = uint64_t{1} << 63;
+constexpr uint64_t kAutoclearKnown = kAutoclearBitmaps | kAutoclearRawData | kAutoclearSession;
 
 constexpr uint32_t kExtensionEnd = 0;
 constexpr uint32_t kExtensionBackingFormat = 0xe2792aca;
@@ -32,6 +36,10 @@ constexpr uint32_t kExtensionDataFile = 0x44415441;
 constexpr uint32_t kExtensionFeatureTable = 0x6803f857;
 constexpr uint32_t kExtensionBitmaps = 0x23852875;
 constexpr uint32_t kExtensionCrypto = 0x0537be77;
+/// Ours ("GNTR"), 16 bytes: u64 session number, u64 flags. Bit 0: open for writing; when it is found set at open, the
+/// image was not closed and may have leaked clusters. Others carry it along as an unknown extension.
+constexpr uint32_t kExtensionSession = 0x474e5452;
+constexpr uint64_t kSessionOpen = 1;
 
 constexpr uint64_t kMaxL1Bytes = uint64_t{32} << 20;
 constexpr uint64_t kMaxL1Entries = kMaxL1Bytes / 8;

@@ -26,6 +26,7 @@ uint32_t slice_shift_of(const Image& image) {
 Qcow2Node::Qcow2Node(std::string name, NodeFlags flags, Image image, Graph& graph)
     : FormatNode("qcow2", std::move(name), flags),
       image_(std::move(image)),
+      image_file_(this->name()),
       main_loop_(graph.runtime().main_loop()),
       observer_(graph.observer()),
       slice_shift_(slice_shift_of(image_)),
@@ -62,6 +63,11 @@ Task<void> Qcow2Node::close() {
     closing_ = true;
     clean_timer_.cancel();
     co_await background_.join();
+}
+
+void Qcow2Node::children_changed() {
+    FormatNode::children_changed();
+    image_file_.point_to(file());
 }
 
 Task<Result<>> Qcow2Node::prepare_reopen(const json::object& options, const NodeFlags& flags) {
