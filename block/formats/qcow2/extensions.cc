@@ -11,6 +11,7 @@ namespace gantry::block::qcow2 {
 namespace {
 
 constexpr size_t kFeatureRowBytes = 48;
+constexpr size_t kSessionBytes = 16;
 
 std::vector<FeatureName> feature_rows(std::span<const uint8_t> data) {
     std::vector<FeatureName> rows;
@@ -145,10 +146,16 @@ Result<> Parser::take(uint32_t type, std::span<const uint8_t> data, uint64_t at)
         case kExtensionCrypto:
             CHECK_OK(once(out.crypto.has_value(), type, at));
             return take_crypto(data, at);
-        default:
-            out.unknown.push_back({type, std::vector<uint8_t>(data.begin(), data.end())});
+        case kExtensionSession:
+            // Of another length it is not ours, or of a program that knows more: carried along.
+            if (data.size() != kSessionBytes || out.session) break;
+            out.session = SessionExtension{load_be64(data.data()), load_be64(data.data() + 8)};
             return {};
+        default:
+            break;
     }
+    out.unknown.push_back({type, std::vector<uint8_t>(data.begin(), data.end())});
+    return {};
 }
 
 /// Calls visit(type, data, offset of the extension in `area`) for each extension. False from it ends the walk.

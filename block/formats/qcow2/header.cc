@@ -85,6 +85,11 @@ Result<Header> parse_header(std::span<const uint8_t> head, std::string_view node
                                   h.backing_file_size, room, h.backing_file_offset);
         }
     }
+    if (h.header_length > kHeaderBytesKnown) {
+        h.unknown_fields.resize(h.header_length - kHeaderBytesKnown);
+        const size_t end = std::min<size_t>(head.size(), h.header_length);
+        if (end > kHeaderBytesKnown) std::copy(p + kHeaderBytesKnown, p + end, h.unknown_fields.begin());
+    }
     return h;
 }
 

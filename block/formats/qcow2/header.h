@@ -45,7 +45,8 @@ struct Header {
 };
 
 /// Decodes the first bytes of an image (kHeaderBytesKnown, or the whole file when it is shorter) and checks what the
-/// layout of the first cluster depends on: magic, version, cluster_bits, header_length, backing file name. Errors:
+/// layout of the first cluster depends on: magic, version, cluster_bits, header_length, backing file name. Bytes of
+/// `head` between the known fields and header_length become unknown_fields; those beyond `head` are zeroes. Errors:
 /// kInvalid (not this format), kUnsupported (version), kCorrupt.
 Result<Header> parse_header(std::span<const uint8_t> head, std::string_view node);
 

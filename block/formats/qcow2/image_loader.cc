@@ -35,6 +35,12 @@ Task<Result<Buffer>> read_at(Node& file, uint64_t offset, uint64_t bytes, std::s
 Task<Result<>> load_header(Node& file, Image& image, std::string node) {
     CO_TRY(Buffer head, co_await read_at(file, 0, present(file, 0, kHeaderBytesKnown), node, "qcow2 header"));
     CO_TRY(image.header, parse_header(head.span(), node));
+    if (image.header.header_length > kHeaderBytesKnown) {
+        // Fields of the future: a rewritten header carries them along.
+        const uint64_t bytes = present(file, 0, image.header.header_length);
+        CO_TRY(head, co_await read_at(file, 0, bytes, node, "qcow2 header"));
+        CO_TRY(image.header, parse_header(head.span(), node));
+    }
     const Header& h = image.header;
     const uint64_t area_bytes = present(file, h.header_length, h.extensions_end() - h.header_length);
     CO_TRY(Buffer area, co_await read_at(file, h.header_length, area_bytes, node, "header extensions"));
