@@ -115,8 +115,22 @@ Task<Result<>> Daemon::apply_task(OptionUse option) {
         CO_TRY(json::object object, parse_option(schema::type("BlockExportOptions"), option.value, "type"));
         co_return co_await exports_.add(std::move(object));
     }
+    if (option.name == "image-references") {
+        allow_image_references(option.value);
+        co_return Result<>();
+    }
     CHECK(option.name == "control-socket", "every option is handled");
     co_return co_await add_control_socket(std::move(option.value));
+}
+
+void Daemon::allow_image_references(std::string_view value) {
+    block::ImageReferencePolicy& policy = graph_.image_references();
+    policy.allow_all = value == "all";
+    if (policy.allow_all || value == "none") {
+        policy.allowed_directories.clear();
+    } else {
+        policy.allowed_directories.emplace_back(value);
+    }
 }
 
 Task<Result<>> Daemon::add_control_socket(std::string path) {

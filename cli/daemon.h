@@ -35,7 +35,8 @@ class Daemon {
     static Result<std::unique_ptr<Daemon>> create(DaemonSettings settings);
     ~Daemon();
 
-    /// One of --object, --blockdev, --chardev, --monitor, --nbd-server, --export, --control-socket, by name.
+    /// One of --object, --blockdev, --chardev, --monitor, --nbd-server, --export, --image-references, --control-socket,
+    /// by name.
     Result<> apply(const OptionUse& option);
     /// Runs a QMP command on the daemon itself.
     Result<json::value> execute(std::string command, json::object arguments);
@@ -56,6 +57,7 @@ class Daemon {
 
     Task<Result<>> apply_task(OptionUse option);
     Task<Result<>> add_control_socket(std::string path);
+    void allow_image_references(std::string_view value);
     Result<UniqueFd> resolve_fd(std::string_view name);
     Task<void> main_task();
     Task<void> watch_signals();

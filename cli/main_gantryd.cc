@@ -27,6 +27,9 @@ constexpr OptionSpec kOptions[] = {
     {"monitor", 0, true, "chardev=ID[,pretty=on]", "serve QMP on a character device"},
     {"control-socket", 0, true, "PATH|auto",
      "serve QMP on a unix socket of mode 0600; auto: where 'gantry status' looks"},
+    {"image-references", 0, true, "all|none|DIRECTORY",
+     "which files images may name as their backing or data files from here on: all (default), none, or those in this "
+     "directory (may be repeated)"},
     {"daemonize", 0, false, "", "go to the background when everything is up"},
     {"pidfile", 0, true, "PATH", "write the process id to a locked file"},
     {"io-backend", 0, true, "auto|io_uring|epoll", "how to do I/O (default: auto)"},
