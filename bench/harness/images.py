@@ -6,6 +6,13 @@ import subprocess
 import sys
 
 PAGE = 4096
+CHAIN = 10  # images of the kind "chain"
+FRESH_GIB = 64
+
+
+def format_of(kind):
+    """The format of an image kind: raw and null are themselves, the others are qcow2 in different states."""
+    return kind if kind in ("raw", "null") else "qcow2"
 
 
 def work_directory():
@@ -34,7 +41,7 @@ class Images:
         return os.path.join(self.directory, "%s.%d.img" % (kind, self.mebibytes)) if kind != "null" else ""
 
     def make(self, kind):
-        if kind == "null" or os.path.exists(self.path(kind)):
+        if kind in ("null", "fresh") or os.path.exists(self.path(kind)):
             return
         # A file appears under its name when it is complete.
         unfinished = self.path(kind) + ".unfinished"
@@ -42,17 +49,54 @@ class Images:
             with open(unfinished, "wb") as file:
                 for _ in range(self.mebibytes):
                     file.write(os.urandom(1 << 20))
+        elif kind == "chain":
+            self.make_chain(unfinished)
+        elif kind == "compressed":
+            self.make_compressed(unfinished)
         else:
             self.make("raw")
             subprocess.run(["qemu-img", "convert", "-O", "qcow2", self.path("raw"), unfinished], check=True)
         flush(unfinished)
         os.rename(unfinished, self.path(kind))
 
+    def make_fresh(self):
+        """An empty image, larger than any run fills; what the one before dirtied goes to the disk first."""
+        path = self.path("fresh")
+        if os.path.exists(path):
+            flush(path)
+            os.unlink(path)
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "%dG" % FRESH_GIB], check=True)
+        flush(path)
+
+    def make_chain(self, unfinished):
+        """Each image of the chain holds every CHAINth cluster."""
+        self.make("raw")
+        previous = None
+        for level in range(CHAIN):
+            path = unfinished if level == CHAIN - 1 else "%s.%d" % (self.path("chain"), level)
+            backing = ["-F", "qcow2", "-b", previous] if previous else []
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *backing, path, "%dM" % self.mebibytes], check=True)
+            commands = ["write -P %d %d 65536" % (level + 1, cluster * 65536)
+                        for cluster in range(level, self.mebibytes * 16, CHAIN)]
+            subprocess.run(["qemu-io", "-f", "qcow2", path], input="\n".join(commands), text=True, check=True,
+                           stdout=subprocess.DEVNULL)
+            flush(path)
+            previous = path
+
+    def make_compressed(self, unfinished):
+        """Half noise, half repetition in each 4 KiB."""
+        source = unfinished + ".raw"
+        with open(source, "wb") as file:
+            for _ in range(self.mebibytes * 256):
+                file.write(os.urandom(2048) + bytes(2048))
+        subprocess.run(["qemu-img", "convert", "-c", "-O", "qcow2", source, unfinished], check=True)
+        os.unlink(source)
+
     def prepare(self, kind, folios):
         """Once before a workload. `folios`: "large" fills the page cache by reading in order (ext4 then keeps large
         folios, in which a 4 KiB overwrite is slow), "small" by 4 KiB writes all over the file, None (O_DIRECT) empties it."""
         self.make(kind)
-        if kind == "null" or (folios and self.folios.get(kind) == folios):
+        if kind in ("null", "fresh") or (folios and self.folios.get(kind) == folios):
             return
         drop(self.path(kind))
         if folios == "small":
@@ -64,6 +108,9 @@ class Images:
     def warm(self, kind, folios):
         """Before each run: the kernel may have reclaimed pages that nobody maps. What is there stays as it is."""
         if kind == "null":
+            return
+        if kind == "fresh":
+            self.make_fresh()
             return
         flush(self.path(kind))  # or the writeback of the run before disturbs this one
         if folios == "small":
@@ -102,11 +149,12 @@ def read_in_pages(path):
 
 
 def write_in_pages(path):
+    """Every page with what it holds: the image stays as it is."""
     fd = os.open(path, os.O_RDWR)
-    data = os.urandom(PAGE)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     offsets = list(range(0, os.fstat(fd).st_size, PAGE))
     random.Random(1).shuffle(offsets)
     for offset in offsets:
-        os.pwrite(fd, data, offset)
+        os.pwrite(fd, os.pread(fd, PAGE, offset), offset)
     os.fsync(fd)
     os.close(fd)

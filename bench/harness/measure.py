@@ -5,6 +5,7 @@ import sys
 import time
 
 from . import clients, processes
+from .images import format_of
 from .workloads import FIO, LOAD
 
 
@@ -53,7 +54,7 @@ class Bench:
         """Warms the image, starts the server, runs the client once, stops the server."""
         kind = server.image_kind or suite.image
         self.images.warm(kind, folios)
-        server.start(self.directory, self.images.path(kind), kind, suite.direct, suite.readonly, 1 if self.pin else None)
+        server.start(self.directory, self.images.path(kind), format_of(kind), suite.direct, suite.readonly, 1 if self.pin else None)
         try:
             if workload.kind == "startup":
                 return {"value": server.startup_seconds * 1000}

@@ -7,6 +7,7 @@ import subprocess
 import time
 
 from . import nbdprobe, processes
+from .images import format_of
 
 EXPORT = "x"
 START_LIMIT_SECONDS = 10
@@ -43,10 +44,10 @@ class Server:
     def installed(self):
         return shutil.which(self.arguments[0]) is not None
 
-    def fits(self, format_name, direct):
-        if self.image_kind == format_name:
+    def fits(self, image_kind, direct):
+        if self.image_kind == image_kind:
             return False  # a reference that would be measured against itself
-        return (self.image_kind or format_name) in self.formats and direct in self.direct
+        return format_of(self.image_kind or image_kind) in self.formats and direct in self.direct
 
     def start(self, directory, image, format_name, direct, readonly, pin=None):
         """Starts serving and returns once a read was answered; RuntimeError with the server's words otherwise."""
@@ -178,6 +179,7 @@ def gantry(build):
         Server("gantry", disk, ours=True),
         Server("gantry-epoll", [program] + epoll + BLOCKDEV + EXPORT_DISK, ours=True),
         Server("gantry-on-raw", disk, ("raw",), ours=True, image_kind="raw"),
+        Server("gantry-on-qcow2", disk, ("qcow2",), ours=True, image_kind="qcow2"),
         Server("gantry-null", [program] + NULL_BLOCKDEV + EXPORT_DISK, ("null",), (False,), ours=True),
         Server("gantry-epoll-null", [program] + epoll + NULL_BLOCKDEV + EXPORT_DISK, ("null",), (False,), ours=True),
     ]

@@ -38,14 +38,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class Suite:
-    image: str  # raw, qcow2, null
+    image: str  # a kind of images.py: raw, qcow2, fresh, chain, compressed, null
     direct: bool
     workloads: tuple
     servers: tuple  # the default ones; ours are `gantry...`
-
-    @property
-    def readonly(self):
-        return self.image == "qcow2"
+    readonly: bool = False
 
 
 def transfer(rw, block, depth, connections=1, folios="large"):
@@ -61,6 +58,7 @@ READS = (transfer("randread", "4k", 1), transfer("randread", "4k", 32), transfer
 WRITES = (transfer("randwrite", "4k", 1), transfer("randwrite", "4k", 32), transfer("write", "64k", 8),
           transfer("write", "256k", 8))
 SMALL_FOLIO_WRITES = (transfer("randwrite", "4k", 1, folios="small"), transfer("randwrite", "4k", 32, folios="small"))
+ALLOCATIONS = (transfer("randwrite", "4k", 32), transfer("write", "64k", 8), transfer("randwrite", "64k", 8))
 PARALLEL = (transfer("randread", "4k", 32, connections=4),)
 SERVICE = (Workload("connect", "connect", clients=(LOAD,)), Workload("startup", "startup", clients=(PROBE,)),
            Workload("idle-rss", "idle", clients=(PROBE,)))
@@ -70,7 +68,13 @@ SUITES = {
                  ("gantry", "qsd-threads", "qsd-uring", "qsd-uring-malloc", "nbdkit", "nbd-server")),
     "raw-direct": Suite("raw", True, READS + WRITES, ("gantry", "qsd-threads", "qsd-native", "qsd-uring")),
     "qcow2": Suite("qcow2", False, READS + PARALLEL + SERVICE,
-                   ("gantry", "gantry-on-raw", "qsd-threads", "qsd-uring", "qsd-uring-malloc", "qemu-nbd")),
+                   ("gantry", "gantry-on-raw", "qsd-threads", "qsd-uring", "qsd-uring-malloc", "qemu-nbd"), readonly=True),
+    "qcow2-write": Suite("qcow2", False, WRITES + SMALL_FOLIO_WRITES,
+                         ("gantry", "gantry-on-raw", "qsd-threads", "qsd-uring", "qsd-uring-malloc")),
+    "qcow2-fresh": Suite("fresh", False, ALLOCATIONS, ("gantry", "qsd-threads", "qsd-uring", "qsd-uring-malloc")),
+    "qcow2-chain": Suite("chain", False, (READS[1], READS[2]), ("gantry", "gantry-on-qcow2", "qsd-uring-malloc"), readonly=True),
+    "qcow2-compressed": Suite("compressed", False, (READS[2], transfer("randread", "64k", 8)),
+                              ("gantry", "qsd-threads", "qsd-uring-malloc"), readonly=True),
     "null": Suite("null", False, READS + PARALLEL + WRITES, ("gantry-null", "qsd-null", "nbdkit-null", "nbdkit-memory")),
 }
 DEFAULT_SUITES = ("raw", "qcow2")
