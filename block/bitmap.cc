@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <bit>
 
+#include "runtime/check.h"
+
 namespace gantry::block {
 namespace {
 
@@ -36,6 +38,13 @@ Result<std::shared_ptr<DirtyBitmap>> DirtyBitmap::create(std::string name, uint6
     }
     CHECK_OK(check_size(name, size, granularity));
     return std::shared_ptr<DirtyBitmap>(new DirtyBitmap(std::move(name), size, granularity));
+}
+
+std::shared_ptr<DirtyBitmap> DirtyBitmap::create_inconsistent(std::string name, uint32_t granularity) {
+    std::shared_ptr<DirtyBitmap> bitmap(new DirtyBitmap(std::move(name), 0, granularity));
+    bitmap->persistent = true;
+    bitmap->set_inconsistent();
+    return bitmap;
 }
 
 DirtyBitmap::DirtyBitmap(std::string name, uint64_t size, uint32_t granularity)
@@ -153,11 +162,16 @@ uint64_t DirtyBitmap::dirty_bytes() const {
     return bytes;
 }
 
+Result<> DirtyBitmap::check_merge(const DirtyBitmap& other) const {
+    if (other.size_ == size_) return {};
+    return fail(ErrorKind::kInvalid,
+                "Bitmaps are of different sizes (destination size is {}, source size is {}) and can't be merged; "
+                "bitmap '{}' into bitmap '{}'",
+                size_, other.size_, other.name_, name_);
+}
+
 Result<> DirtyBitmap::merge(const DirtyBitmap& other) {
-    if (other.size_ != size_) {
-        return fail(ErrorKind::kInvalid, "bitmap '{}' ({} bytes) cannot be merged into bitmap '{}' ({} bytes)",
-                    other.name_, other.size_, name_, size_);
-    }
+    CHECK_OK(check_merge(other));
     for (uint64_t pos = other.next_dirty(0); pos < size_;) {
         const uint64_t end = other.next_clean(pos);
         set_range(pos, end - pos);
@@ -175,14 +189,47 @@ std::shared_ptr<DirtyBitmap> DirtyBitmap::snapshot(std::string name) const {
     return copy;
 }
 
+void DirtyBitmap::assign(const DirtyBitmap& other) {
+    CHECK(other.size_ == size_ && other.granularity_ == granularity_, "bits are taken from a bitmap of the same shape");
+    clear_all();
+    for (uint64_t i = other.next_used_word(0); i < word_count_; i = other.next_used_word(i + 1)) {
+        if (const uint64_t bits = other.words_[i].load()) set_word(i, bits);
+    }
+}
+
+void DirtyBitmap::set_inconsistent() {
+    inconsistent = true;
+    update_recording();
+    clear_all();
+}
+
+uint64_t DirtyBitmap::valid_bits(uint64_t index) const {
+    const uint64_t count = granules();
+    return index + 1 < word_count_ || count % 64 == 0 ? ~uint64_t{0} : bit_range(0, count % 64);
+}
+
+void DirtyBitmap::or_word(uint64_t index, uint64_t bits) {
+    bits &= valid_bits(index);
+    if (bits) set_word(index, bits);
+}
+
+uint64_t DirtyBitmap::next_used_word(uint64_t index) const {
+    for (; index < word_count_; index = (index / 64 + 1) * 64) {
+        const uint64_t group = index / 64;
+        if ((summary_[group / 64].load() >> (group % 64)) & 1) return index;
+    }
+    return word_count_;
+}
+
 Result<> DirtyBitmap::resize(uint64_t new_size) {
+    if (inconsistent) return {};
     CHECK_OK(check_size(name_, new_size, granularity_));
     DirtyBitmap resized(name_, new_size, granularity_);
     for (uint64_t i = 0; i < std::min(word_count_, resized.word_count_); i++) {
         if (const uint64_t word = words_[i].load()) resized.set_word(i, word);
     }
     const uint64_t kept = resized.granules();
-    if (new_size > size_) resized.set_range(size_, new_size - size_);
+    if (new_size > size_ && !persistent) resized.set_range(size_, new_size - size_);
     // A shorter bitmap has no bits above its end.
     if (new_size < size_ && kept % 64) resized.words_[kept / 64].fetch_and(~bit_range(kept % 64, 64));
     size_ = new_size;

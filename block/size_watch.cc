@@ -26,8 +26,7 @@ void SizeWatch::settle() {
             if (resized) continue;
             log::error("node '{}': bitmap '{}' cannot follow the new size: {}", node.name(), bitmap->name(),
                        resized.error().message());
-            bitmap->set_recording(false);
-            bitmap->inconsistent = true;
+            bitmap->set_inconsistent();
         }
     }
 }

@@ -1,5 +1,7 @@
 #include "qmp/block_info.h"
 
+#include <ranges>
+
 #include "block/bitmap.h"
 
 namespace gantry::qmp {
@@ -112,11 +114,14 @@ Task<json::object> block_device_info(Node& node, bool flat) {
     out["write_threshold"] = 0;
     if (!node.bitmaps().empty()) {
         json::array list;
-        for (const auto& bitmap : node.bitmaps()) list.push_back(bitmap_json(*bitmap));
+        // Newest first.
+        for (const auto& bitmap : node.bitmaps() | std::views::reverse) list.push_back(bitmap_json(*bitmap));
         out["dirty-bitmaps"] = std::move(list);
     }
     co_return out;
 }
+
+Task<json::object> image_info_json(Node& node, bool with_backing) { return image_tree(node, with_backing); }
 
 Task<json::object> node_stats(Node& node) {
     auto hold = node.shared_from_this();

@@ -25,6 +25,7 @@ struct HandlerRow {
 /// One table per command file.
 std::span<const HandlerRow> misc_handlers();
 std::span<const HandlerRow> block_handlers();
+std::span<const HandlerRow> bitmap_handlers();
 std::span<const HandlerRow> export_handlers();
 std::span<const HandlerRow> job_handlers();
 std::span<const HandlerRow> object_handlers();

@@ -12,8 +12,8 @@ namespace gantry::schema {
 namespace {
 
 constexpr const Module* kModules[] = {
-    &kCommonModule, &kSocketsModule, &kBlockCoreModule, &kBlockInfoModule, &kBlockExportModule,
-    &kJobModule,    &kQomModule,     &kControlModule,   &kMiscModule,
+    &kCommonModule,      &kSocketsModule, &kBlockCoreModule, &kBlockInfoModule, &kBlockBitmapModule,
+    &kBlockExportModule, &kJobModule,     &kQomModule,       &kControlModule,   &kMiscModule,
 };
 
 /// The modules by name, put together on first use and constant from then on.

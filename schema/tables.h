@@ -17,6 +17,7 @@ extern const Module kCommonModule;
 extern const Module kSocketsModule;
 extern const Module kBlockCoreModule;
 extern const Module kBlockInfoModule;
+extern const Module kBlockBitmapModule;
 extern const Module kBlockExportModule;
 extern const Module kJobModule;
 extern const Module kQomModule;
@@ -57,6 +58,10 @@ extern const Type kBlockdevDetectZeroesOptions;
 extern const Type kBlockDeviceInfoList;
 extern const Type kBlockInfoList;
 extern const Type kBlockStatsList;
+
+// block_bitmap.cc
+extern const Type kBlockDirtyBitmapOrStr;
+extern const Type kBlockDirtyBitmapOrStrList;
 
 // block_export.cc
 extern const Type kBlockExportType;
