@@ -14,7 +14,8 @@ namespace gantry::block::qcow2 {
 /// Entries in host byte order. get() on any thread; set() and take_changes() under Metadata::mutex(); assign() drained.
 class L1Table {
   public:
-    /// `words`: as loaded; entries up to `entries` that the file does not have are zero.
+    /// `words`: as loaded; entries up to `entries` that the file does not have are zero (and take no memory before they
+    /// are set). Nothing is changed.
     void assign(std::span<const uint64_t> words, uint64_t entries);
     uint64_t size() const { return size_; }
     /// Beyond size(): 0.
@@ -22,14 +23,17 @@ class L1Table {
     /// Remembered as changed: written by the next write-back.
     void set(uint64_t index, uint64_t word);
     bool changed() const { return !changed_.empty(); }
-    /// {index, word} of what changed since the last call; each index once.
+    /// {index, word} of what changed since the last call; each index once, ascending.
     std::vector<std::pair<uint64_t, uint64_t>> take_changes();
     /// After a failed write-back: changed again.
     void mark_changed(uint64_t index) { changed_.push_back(index); }
 
   private:
+    struct Free {
+        void operator()(std::atomic<uint64_t>* words) const;
+    };
     uint64_t size_ = 0;
-    std::unique_ptr<std::atomic<uint64_t>[]> words_;
+    std::unique_ptr<std::atomic<uint64_t>[], Free> words_;
     std::vector<uint64_t> changed_;
 };
 

@@ -43,55 +43,108 @@ L2SliceCache::~L2SliceCache() {
     if (arena_) munmap(arena_, arena_bytes_);
 }
 
-/// The way that holds `slice`, a free one, or the one that loses its place.
-uint32_t L2SliceCache::choose_way(Set& set, uint64_t slice) {
-    uint32_t free_way = kWays;
+uint32_t L2SliceCache::way_of(const Set& set, uint64_t slice) {
     for (uint32_t way = 0; way < kWays; way++) {
-        const uint64_t tag = set.tags[way].load(std::memory_order_relaxed);
-        if (!(tag & kValid)) {
-            if (free_way == kWays) free_way = way;
-        } else if ((tag & kSliceMask) == slice) {
-            return way;
-        }
+        if ((set.tags[way].load(std::memory_order_relaxed) & (kValid | kSliceMask)) == (kValid | slice)) return way;
     }
-    if (free_way != kWays) return free_way;
-    while (set.used[set.hand].exchange(0, std::memory_order_relaxed)) set.hand = (set.hand + 1) % kWays;
-    const uint32_t victim = set.hand;
-    set.hand = (set.hand + 1) % kWays;
-    return victim;
+    return kWays;
+}
+
+/// A free way, or the one that loses its place; kWays: all are held.
+uint32_t L2SliceCache::choose_way(Set& set) {
+    for (uint32_t way = 0; way < kWays; way++) {
+        if (!(set.tags[way].load(std::memory_order_relaxed) & kValid)) return way;
+    }
+    for (uint32_t step = 0; step < 2 * kWays; step++) {
+        const uint32_t way = set.hand;
+        set.hand = (set.hand + 1) % kWays;
+        if (is_held(set, way)) continue;
+        if (!set.used[way].exchange(0, std::memory_order_relaxed)) return way;
+    }
+    return kWays;
 }
 
 void L2SliceCache::drop(Set& set, uint32_t way) {
     const uint64_t tag = set.tags[way].load(std::memory_order_relaxed);
     if (!(tag & kValid)) return;
+    CHECK(!is_held(set, way), "a slice that is pinned or not yet written is dropped");
+    // Whoever read the slice's bytes from the file before it was changed here must not bring them back.
+    if ((set.was_stored >> way) & 1) set.generation.fetch_add(1, std::memory_order_release);
+    set.was_stored &= static_cast<uint8_t>(~(1u << way));
     set.tags[way].store(tag & ~kValid, std::memory_order_relaxed);
     resident_.fetch_sub(1, std::memory_order_relaxed);
 }
 
-void L2SliceCache::insert(uint64_t slice, const uint8_t* bytes) {
-    CHECK(slice <= kMaxSlice, "slice numbers have 34 bits");
-    const uint64_t index = slice % set_count_;
+/// Under the stripe's lock; the way is not held.
+void L2SliceCache::fill(uint64_t index, uint32_t way, uint64_t slice, const uint8_t* bytes) {
     Set& set = sets_[index];
-    const std::lock_guard lock(stripe(index));
-    const uint32_t way = choose_way(set, slice);
     drop(set, way);
     // A reader that sees one of the new words sees the old tag gone, too (whoever took it away).
     std::atomic_thread_fence(std::memory_order_release);
-    const uint64_t version = set.tags[way].load(std::memory_order_relaxed) & ~(kValid | kSliceMask);
+    const uint64_t version = set.tags[way].load(std::memory_order_relaxed) & kVersionMask;
     std::atomic<uint64_t>* words = words_of(index * kWays + way);
     for (uint32_t i = 0; i < slice_bytes_ / 8; i++)
         words[i].store(load_be64(bytes + size_t{i} * 8), std::memory_order_relaxed);
     set.used[way].store(1, std::memory_order_relaxed);
-    set.tags[way].store(kValid | ((version + kVersionOne) & ~kValid) | slice, std::memory_order_release);
+    set.tags[way].store(kValid | ((version + kVersionOne) & kVersionMask) | slice, std::memory_order_release);
     resident_.fetch_add(1, std::memory_order_relaxed);
+}
+
+bool L2SliceCache::insert(uint64_t slice, const uint8_t* bytes, Ticket ticket) {
+    CHECK(slice <= kMaxSlice, "slice numbers have 34 bits");
+    const uint64_t index = slice % set_count_;
+    Set& set = sets_[index];
+    const std::lock_guard lock(stripe(index).mutex);
+    if (set.generation.load(std::memory_order_relaxed) != ticket.generation) return false;
+    if (const uint32_t way = way_of(set, slice); way != kWays) return ((set.was_stored >> way) & 1) == 0;
+    if (const uint32_t way = choose_way(set); way != kWays) fill(index, way, slice, bytes);
+    return true;
+}
+
+L2SliceCache::Pin L2SliceCache::pin(uint64_t slice) {
+    const uint64_t index = slice % set_count_;
+    Set& set = sets_[index];
+    const std::lock_guard lock(stripe(index).mutex);
+    const uint32_t way = way_of(set, slice);
+    if (way == kWays) return {};
+    set.pins[way]++;
+    set.used[way].store(1, std::memory_order_relaxed);
+    return {this, index * kWays + way};
+}
+
+L2SliceCache::Inserted L2SliceCache::insert_and_pin(uint64_t slice, const uint8_t* bytes, Ticket ticket, Pin& pin) {
+    CHECK(slice <= kMaxSlice, "slice numbers have 34 bits");
+    pin.release();
+    const uint64_t index = slice % set_count_;
+    Set& set = sets_[index];
+    const std::lock_guard lock(stripe(index).mutex);
+    uint32_t way = way_of(set, slice);
+    if (way == kWays) {
+        if (set.generation.load(std::memory_order_relaxed) != ticket.generation) return Inserted::kStale;
+        way = choose_way(set);
+        if (way == kWays) return Inserted::kFull;
+        fill(index, way, slice, bytes);
+    }
+    set.pins[way]++;
+    set.used[way].store(1, std::memory_order_relaxed);
+    pin = Pin(this, index * kWays + way);
+    return Inserted::kPinned;
 }
 
 void L2SliceCache::invalidate(uint64_t slice) {
     const uint64_t index = slice % set_count_;
     Set& set = sets_[index];
-    const std::lock_guard lock(stripe(index));
-    for (uint32_t way = 0; way < kWays; way++) {
-        if ((set.tags[way].load(std::memory_order_relaxed) & (kValid | kSliceMask)) == (kValid | slice)) drop(set, way);
+    const std::lock_guard lock(stripe(index).mutex);
+    if (const uint32_t way = way_of(set, slice); way != kWays) drop(set, way);
+}
+
+void L2SliceCache::drop_all() {
+    for (uint64_t index = 0; index < set_count_; index++) {
+        Set& set = sets_[index];
+        const std::lock_guard lock(stripe(index).mutex);
+        // What is being read from the file now may be of the past, whatever is here.
+        set.generation.fetch_add(1, std::memory_order_release);
+        for (uint32_t way = 0; way < kWays; way++) drop(set, way);
     }
 }
 
@@ -99,10 +152,10 @@ void L2SliceCache::clean() {
     if (resident() == 0) return;
     for (uint64_t index = 0; index < set_count_; index++) {
         Set& set = sets_[index];
-        const std::lock_guard lock(stripe(index));
+        const std::lock_guard lock(stripe(index).mutex);
         uint32_t dropped = 0;
         for (uint32_t way = 0; way < kWays; way++) {
-            if (!(set.tags[way].load(std::memory_order_relaxed) & kValid)) continue;
+            if (!(set.tags[way].load(std::memory_order_relaxed) & kValid) || is_held(set, way)) continue;
             if (set.used[way].load(std::memory_order_relaxed)) {
                 set.used[way].store(0, std::memory_order_relaxed);
                 continue;
