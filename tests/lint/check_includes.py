@@ -21,6 +21,7 @@ WRAPPED = {
     "spdlog/": ["runtime/log.cc"],
     "zlib.h": ["block/formats/"],
     "zstd.h": ["block/formats/"],
+    "nettle/": ["block/crypto/"],
     "boost/program_options": ["cli/options.cc"],
 }
 INCLUDE = re.compile(r'^\s*#include\s+["<]([^">]+)[">]')
