@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <mutex>
+#include <string_view>
 #include <vector>
 
 #include "block/formats/qcow2/refcounts.h"
@@ -22,22 +23,23 @@ struct HostRun {
 /// from it is a few instructions under a leaf lock; refilling it is done under Metadata::mutex(). What a crash leaves
 /// reserved leaks and is found again at open. settle() returns the rest.
 ///
+/// Holes of the file are filled before it grows, those too small for a useful run only when they are an eighth of it.
+///
 /// Lock order: Metadata::mutex(), then mutex_ (leaf).
 class ClusterAllocator {
   public:
     ClusterAllocator(Refcounts& refcounts, ImageFile& file, uint32_t cluster_bits);
 
-    /// At most `clusters` in a row from the reservation, at `near` (a host offset) when that is where it continues and
+    /// At most `clusters` in a row from the reservation, at `near` (a host offset) when a reserved run begins there and
     /// `near` is not 0. Empty (clusters == 0): call refill(). Any loop, no I/O.
     HostRun take(uint64_t clusters, uint64_t near);
-    /// Never linked: back to the reservation when it adjoins it, else kept for the next takes. Not fresh any more when
-    /// `written`.
+    /// Never linked: back to the reservation, where it adjoins if it does. Not fresh any more when `written`. Any loop.
     void give_back(HostRun run, bool written);
 
     // ---- Under Metadata::mutex() ----
 
-    /// Reserves at least `clusters` more (as a rule many times more, growing with use, at most 64 MiB or 1/16 of the
-    /// file).
+    /// Reserves at least `clusters` more (as a rule many times more: 1 MiB or 16 clusters at first, twice as much each
+    /// time, at most 64 MiB or 1/16 of the file). kNoSpace, kTooLarge, kIo, kCorrupt.
     Task<Result<>> refill(uint64_t clusters);
     /// Exactly `clusters` in a row for metadata, counted 1, not from the reservation; not fresh unless the result says.
     Task<Result<HostRun>> allocate_row(uint64_t clusters);
@@ -49,22 +51,38 @@ class ClusterAllocator {
 
     // ---- Compressed clusters: a byte cursor ----
 
-    /// Room for `bytes` (below a cluster) of a blob, packed behind the one before where possible; counts of every
+    /// Room for `bytes` (one cluster at most) of a blob, packed behind the one before where possible; counts of every
     /// cluster touched are raised. Under Metadata::mutex().
     Task<Result<uint64_t>> allocate_bytes(uint64_t bytes);
 
     /// Clusters at or above it were never used. Bytes.
     uint64_t fresh_from() const;
+    /// Clusters reserved and not taken.
+    uint64_t reserved() const;
 
   private:
+    uint64_t cluster_size() const { return uint64_t{1} << cluster_bits_; }
+    uint64_t to_clusters(uint64_t bytes) const { return (bytes + cluster_size() - 1) >> cluster_bits_; }
+    /// In clusters; what lies behind was never used.
+    uint64_t fresh_line() const;
+    Task<Result<ClusterRun>> choose(uint64_t clusters, uint64_t want);
+    Task<Result<>> reserve(uint64_t clusters);
+    /// Counts `run` 1; parts on both sides of the fresh line apart.
+    Task<Result<std::vector<HostRun>>> claim(ClusterRun run, std::string_view what);
+    void put(HostRun run);
+    bool take_at(uint64_t offset);
+    Task<Result<bool>> append(uint64_t bytes);
+    void move_cursor(uint64_t end);
+    Error no_space(uint64_t clusters) const;
+
     Refcounts& refcounts_;
     ImageFile& file_;
     const uint32_t cluster_bits_;
     mutable std::mutex mutex_;
     std::vector<HostRun> reserved_;  // few; the last one is the current run
-    uint64_t fresh_from_ = 0;
-    uint64_t next_refill_ = 0;
-    uint64_t byte_cursor_ = 0;  // 0: none; under Metadata::mutex()
+    uint64_t fresh_from_ = 0;        // clusters; the end of what was handed out. Under mutex_
+    uint64_t next_refill_ = 0;       // clusters; 0: as at first
+    uint64_t byte_cursor_ = 0;       // 0: none; in the cluster that refcounts_ watches; under Metadata::mutex()
 };
 
 }  // namespace gantry::block::qcow2

@@ -60,7 +60,5 @@ Task<Result<>> Qcow2Node::store_bitmaps() { co_return Result<>(); }
 // The parts of the write side
 Metadata::~Metadata() = default;
 MappingLog::~MappingLog() = default;
-struct OverlapMap::Top {};
-OverlapMap::~OverlapMap() = default;
 
 }  // namespace gantry::block::qcow2
