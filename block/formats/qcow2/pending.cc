@@ -57,8 +57,4 @@ Task<Result<>> Qcow2Node::remove_stored_bitmap(const std::string&) { co_return p
 Task<Result<>> Qcow2Node::load_bitmaps(bool) { co_return Result<>(); }
 Task<Result<>> Qcow2Node::store_bitmaps() { co_return Result<>(); }
 
-// The parts of the write side
-Metadata::~Metadata() = default;
-MappingLog::~MappingLog() = default;
-
 }  // namespace gantry::block::qcow2
