@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "block/crypto/secrets.h"
 #include "block/jobs/job.h"
 #include "block/node_flags.h"
 #include "block/size_watch.h"
@@ -22,7 +23,11 @@ constexpr size_t kProbeBytes = 4096;
 }  // namespace
 
 Graph::Graph(Runtime& runtime, std::span<const Driver> drivers, Observer* observer)
-    : runtime_(runtime), drivers_(drivers), observer_(observer), jobs_(std::make_unique<JobManager>(*this)) {}
+    : runtime_(runtime),
+      drivers_(drivers),
+      observer_(observer),
+      jobs_(std::make_unique<JobManager>(*this)),
+      secrets_(std::make_unique<crypto::Secrets>()) {}
 
 Graph::~Graph() { CHECK(all_.empty(), "close_all() comes before the end of a graph"); }
 

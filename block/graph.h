@@ -19,6 +19,9 @@
 
 namespace gantry::block {
 
+namespace crypto {
+class Secrets;
+}
 class JobManager;
 
 /// Which files an image may name (backing file, data file).
@@ -82,6 +85,11 @@ class Graph {
     Observer* observer() const { return observer_; }
     JobManager& jobs() const { return *jobs_; }
     ImageReferencePolicy& image_references() { return image_references_; }
+    /// Encrypted images open without their passphrase, and no data of them can be read: for tools that only look at
+    /// what the metadata says.
+    bool opens_locked = false;
+    /// Passphrases by id, for encrypted images.
+    crypto::Secrets& secrets() const { return *secrets_; }
     const Driver* driver(std::string_view name) const;
     /// "#blockNNN".
     std::string make_node_name();
@@ -132,6 +140,7 @@ class Graph {
     std::list<PermissionUser> permission_users_;  // besides edges and roots
     std::list<DrainSection> drains_;              // of drain()
     std::unique_ptr<JobManager> jobs_;
+    std::unique_ptr<crypto::Secrets> secrets_;
     ImageReferencePolicy image_references_;
     uint64_t next_name_ = 0;
 };

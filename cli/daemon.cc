@@ -54,7 +54,7 @@ Daemon::Daemon(DaemonSettings settings, std::unique_ptr<Runtime> runtime)
       graph_(*runtime_, drivers(), &events_),
       exports_(*runtime_, graph_, export_types(), [this](std::string_view id) { events_.export_deleted(id); }),
       nbd_server_(*runtime_),
-      objects_(*runtime_, exports_),
+      objects_(*runtime_, exports_, graph_.secrets()),
       services_{*runtime_,
                 graph_,
                 exports_,
@@ -86,7 +86,7 @@ Task<Result<>> Daemon::apply_task(OptionUse option) {
     if (quit_.is_set()) co_return fail(ErrorKind::kCancelled, "ended by a signal");
     if (option.name == "object") {
         CO_TRY(json::object object, parse_option(schema::type("ObjectOptions"), option.value, "qom-type"));
-        co_return objects_.add(object);
+        co_return co_await objects_.add(std::move(object));
     }
     if (option.name == "blockdev") {
         CO_TRY(json::object object, parse_option(schema::type("BlockdevOptions"), option.value, "driver"));

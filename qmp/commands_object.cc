@@ -8,7 +8,8 @@ namespace gantry::qmp {
 namespace {
 
 Task<Result<json::value>> object_add(Services& services, json::object arguments) {
-    co_return done(services.objects.add(arguments));
+    Result<> added = co_await services.objects.add(std::move(arguments));
+    co_return done(std::move(added));
 }
 
 Task<Result<json::value>> object_del(Services& services, json::object arguments) {

@@ -17,18 +17,31 @@ Result<int64_t> non_negative(const schema::Options& options, std::string_view ke
 
 }  // namespace
 
-Result<> Objects::add(const json::object& raw) {
-    schema::Options options(raw);
-    std::string id = options.str("id");
+Objects::Objects(Runtime& runtime, exports::Registry& exports, block::crypto::Secrets& secrets)
+    : runtime_(runtime), exports_(exports), secrets_(secrets) {
+    secrets_.set_other_objects([this](std::string_view id) { return iothreads_.contains(id); });
+}
+
+Task<Result<>> Objects::add(json::object raw) {
+    const schema::Options options(raw);
+    const std::string id = options.str("id");
     if (!schema::is_identifier(id)) {
-        return fail(ErrorKind::kInvalid,
-                    "Parameter 'id' expects an identifier; '{}' is not letters, digits, '-', '.', '_' after a letter",
-                    id);
+        co_return fail(
+            ErrorKind::kInvalid,
+            "Parameter 'id' expects an identifier; '{}' is not letters, digits, '-', '.', '_' after a letter", id);
     }
-    if (iothreads_.contains(id)) {
-        return fail(ErrorKind::kExists, "attempt to add duplicate property '{}' to object (type 'container')", id);
+    if (iothreads_.contains(id) || secrets_.has(id)) {
+        co_return fail(ErrorKind::kExists, "attempt to add duplicate property '{}' to object (type 'container')", id);
     }
-    CHECK(options.str("qom-type") == "iothread", "the schema lists the object types that exist");
+    const std::string type = options.str("qom-type");
+    if (type == "iothread") co_return add_iothread(raw);
+    CHECK(type == "secret" || type == "secret_keyring", "the schema lists the object types that exist");
+    co_return co_await secrets_.add(std::move(raw));
+}
+
+Result<> Objects::add_iothread(const json::object& raw) {
+    const schema::Options options(raw);
+    std::string id = options.str("id");
     IoThread thread;
     TRY(thread.poll_max_ns, non_negative(options, "poll-max-ns", thread.poll_max_ns));
     TRY(thread.poll_grow, non_negative(options, "poll-grow", 0));
@@ -54,6 +67,7 @@ Result<> Objects::add(const json::object& raw) {
 }
 
 Result<> Objects::remove(std::string_view id) {
+    if (secrets_.remove(id)) return {};
     auto it = iothreads_.find(id);
     if (it == iothreads_.end()) return fail(ErrorKind::kNotFound, "object '{}' not found", id);
     if (auto removed = exports_.remove_iothread(id); !removed) {
@@ -71,6 +85,7 @@ void Objects::clear() {
         runtime_.remove_loop(it->second.loop);
         iothreads_.erase(it);
     }
+    secrets_.clear();
 }
 
 }  // namespace gantry::qmp

@@ -1,4 +1,4 @@
-// Objects: what object-add makes. Today iothreads.
+// Objects: what object-add makes: iothreads and secrets.
 
 #pragma once
 
@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "block/crypto/secrets.h"
 #include "exports/export.h"
 #include "runtime/error.h"
 #include "runtime/runtime.h"
@@ -17,14 +18,14 @@ namespace gantry::qmp {
 /// Main loop only.
 class Objects {
   public:
-    Objects(Runtime& runtime, exports::Registry& exports) : runtime_(runtime), exports_(exports) {}
+    Objects(Runtime& runtime, exports::Registry& exports, block::crypto::Secrets& secrets);
     ~Objects() { clear(); }
 
     /// object-add with validated options (qom-type, id, properties).
-    Result<> add(const json::object& options);
+    Task<Result<>> add(json::object options);
     /// object-del: `object 'X' not found`, `object 'X' is in use, can not be deleted`.
     Result<> remove(std::string_view id);
-    /// Stops every iothread; no export is left.
+    /// Stops every iothread, wipes every secret; no export is left.
     void clear();
 
     struct IoThread {
@@ -34,8 +35,11 @@ class Objects {
     const std::map<std::string, IoThread, std::less<>>& iothreads() const { return iothreads_; }
 
   private:
+    Result<> add_iothread(const json::object& options);
+
     Runtime& runtime_;
     exports::Registry& exports_;
+    block::crypto::Secrets& secrets_;
     std::map<std::string, IoThread, std::less<>> iothreads_;
 };
 

@@ -46,7 +46,7 @@ constexpr Absent kAbsentDrivers[] = {
     {"https", kRemoteReason},
     {"io_uring", "not in this build: use host_device or file with aio=io_uring"},
     {"iscsi", kRemoteReason},
-    {"luks", "not in this build: encrypted images are not built"},
+    {"luks", "not in this build: LUKS volumes without an image format are not built"},
     {"nbd", kRemoteReason},
     {"nfs", kRemoteReason},
     {"nvme", "not in this build: raw NVMe access is not built; use host_device"},
@@ -218,13 +218,13 @@ constexpr Member kQcow2Members[] = {
     optional("l2-cache-entry-size", kInt, "cluster size", "bytes of one entry of it: a power of two from 512"),
     optional("refcount-cache-size", kInt, "4 clusters", "bytes of the cache of refcount blocks"),
     optional("cache-clean-interval", kUint64, "600", "seconds after which unused entries are dropped; 0: never"),
+    optional("encrypt", kBlockdevQcow2Encryption, "", "how the image is decrypted; mandatory when it is encrypted"),
     optional("data-file", kBlockdevRef, "from the image",
              "the node that holds the data of an image that keeps it apart"),
     optional("snapshot", kStr, "none: the disk as it is now",
              "read the state of an internal snapshot, by id or name; needs read-only (an addition of Gantry)"),
 };
 constexpr Absent kQcow2Absent[] = {
-    {"encrypt", "not in this build: encrypted images are not built"},
     {"discard-no-unref", "not in this build: writing qcow2 images is not built"},
 };
 constinit const Type kQcow2Options =

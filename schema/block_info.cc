@@ -53,6 +53,7 @@ constexpr Member kQcow2InfoMembers[] = {
     optional("lazy-refcounts", kBool, "", "refcounts may be out of date after a crash"),
     optional("corrupt", kBool, "", "the image was marked corrupt"),
     required("refcount-bits", kInt, "width of a refcount"),
+    optional("encrypt", kQcow2EncryptionInfo, "", "how the image is encrypted"),
     optional("bitmaps", kBitmapInfoList, "", "bitmaps stored in the image"),
     required("compression-type", kCompressionType, "how clusters are compressed"),
 };

@@ -6,10 +6,13 @@ namespace gantry::schema {
 
 namespace {
 
-constexpr EnumValue kObjectTypeValues[] = {{"iothread", "a thread with an I/O loop"}};
+constexpr EnumValue kObjectTypeValues[] = {
+    {"iothread", "a thread with an I/O loop"},
+    {"secret", "a passphrase or a key"},
+    {"secret_keyring", "a passphrase or a key, from the kernel's keyring"},
+};
 // Serving an object type moves its line up, with its properties below.
 constexpr std::string_view kNoTls = "not in this build: TLS is not built";
-constexpr std::string_view kNoSecrets = "not in this build: secrets are not built";
 constexpr std::string_view kNoMachine = "not in this build: it belongs to a virtual machine";
 constexpr Absent kAbsentObjects[] = {
     {"authz-list", kNoTls},
@@ -46,8 +49,6 @@ constexpr Absent kAbsentObjects[] = {
     {"rng-egd", kNoMachine},
     {"rng-random", kNoMachine},
     {"s390-pv-guest", kNoMachine},
-    {"secret", kNoSecrets},
-    {"secret_keyring", kNoSecrets},
     {"sev-guest", kNoMachine},
     {"thread-context", kNoMachine},
     {"throttle-group", "not in this build: throttling is not built"},
@@ -79,6 +80,36 @@ constexpr Absent kIothreadAbsent[] = {
 constinit const Type kIothreadProperties = derived_type("IothreadProperties", "A thread with an I/O loop.",
                                                         kEventLoopProperties, kIothreadMembers, kIothreadAbsent);
 
+// Both kinds of secrets.
+constexpr EnumValue kSecretFormatValues[] = {
+    {"raw", "the bytes as they are"},
+    {"base64", "base64"},
+};
+constinit const Type kSecretFormat =
+    enum_type("QCryptoSecretFormat", "How the bytes of a secret are written.", kSecretFormatValues);
+constexpr Member kSecretCommonMembers[] = {
+    optional("format", kSecretFormat, "raw", "how the bytes are written"),
+    optional("keyid", kStr, "not encrypted", "id of the secret that holds the AES-256 key of this one"),
+    optional("iv", kStr, "", "initialisation vector that goes with keyid, base64"),
+};
+constexpr Absent kSecretAbsent[] = {
+    {"loaded", "a secret is there as soon as it is made"},
+};
+constinit const Type kSecretCommon =
+    struct_type("SecretCommonProperties", "What all secrets have.", kSecretCommonMembers, kSecretAbsent);
+constexpr Member kSecretMembers[] = {
+    optional("data", kStr, "", "the secret itself; other users of this machine can read a command line"),
+    optional("file", kStr, "", "file that holds it, or credential:ID for a credential of the service manager"),
+};
+constinit const Type kSecretProperties =
+    derived_type("SecretProperties", "A passphrase or a key.", kSecretCommon, kSecretMembers);
+constexpr Member kSecretKeyringMembers[] = {
+    required("serial", kInt32, "number of the key"),
+};
+constinit const Type kSecretKeyringProperties =
+    derived_type("SecretKeyringProperties", "A passphrase or a key, from the kernel's keyring.", kSecretCommon,
+                 kSecretKeyringMembers);
+
 }  // namespace
 
 constinit const Type kObjectType = enum_type("ObjectType", "The kinds of objects.", kObjectTypeValues, kAbsentObjects);
@@ -89,7 +120,11 @@ constexpr Member kObjectMembers[] = {
     required("qom-type", kObjectType, "what kind of object"),
     required("id", kStr, "its name"),
 };
-constexpr Variant kObjectVariants[] = {{"iothread", &kIothreadProperties}};
+constexpr Variant kObjectVariants[] = {
+    {"iothread", &kIothreadProperties},
+    {"secret", &kSecretProperties},
+    {"secret_keyring", &kSecretKeyringProperties},
+};
 /// Also with the old {"qom-type", "id", "props": {...}}.
 constinit const Type kObjectOptions = folding(
     union_type("ObjectOptions", "An object.", kObjectMembers, "qom-type", kObjectVariants), Fold::kMerge, "props");
@@ -115,7 +150,8 @@ constexpr Command kCommands[] = {
 };
 
 constexpr const Type* kTypes[] = {
-    &kObjectType, &kEventLoopProperties, &kIothreadProperties, &kObjectOptions, &kIothreadInfo,
+    &kObjectType,       &kEventLoopProperties,     &kIothreadProperties, &kSecretFormat, &kSecretCommon,
+    &kSecretProperties, &kSecretKeyringProperties, &kObjectOptions,      &kIothreadInfo,
 };
 
 }  // namespace

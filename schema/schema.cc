@@ -13,7 +13,7 @@ namespace {
 
 constexpr const Module* kModules[] = {
     &kCommonModule,      &kSocketsModule, &kBlockCoreModule, &kBlockInfoModule, &kBlockBitmapModule,
-    &kBlockExportModule, &kJobModule,     &kQomModule,       &kControlModule,   &kMiscModule,
+    &kBlockExportModule, &kJobModule,     &kQomModule, &kCryptoModule,       &kControlModule,   &kMiscModule,
 };
 
 /// The modules by name, put together on first use and constant from then on.

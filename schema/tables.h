@@ -20,6 +20,7 @@ extern const Module kBlockInfoModule;
 extern const Module kBlockBitmapModule;
 extern const Module kBlockExportModule;
 extern const Module kJobModule;
+extern const Module kCryptoModule;
 extern const Module kQomModule;
 extern const Module kControlModule;
 extern const Module kMiscModule;
@@ -65,6 +66,12 @@ extern const Type kBlockDirtyBitmapOrStrList;
 
 // block_export.cc
 extern const Type kBlockExportType;
+
+// crypto.cc
+extern const Type kBlockdevQcow2Encryption;
+extern const Type kCryptoBlockCreateOptions;
+extern const Type kCryptoBlockAmendOptions;
+extern const Type kQcow2EncryptionInfo;
 
 // qom.cc
 extern const Type kObjectType;

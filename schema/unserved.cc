@@ -17,7 +17,7 @@ constexpr std::string_view kBitmaps = "not in this build: dirty bitmaps are not 
 constexpr std::string_view kNodes = "not in this build: it is not built";
 constexpr std::string_view kUseExportAdd = "not in this build: use block-export-add";
 constexpr std::string_view kUseExportDel = "not in this build: use block-export-del";
-constexpr std::string_view kPasswd = "not in this build: encrypted images are not built";
+constexpr std::string_view kPasswd = "not in this build: use a secret object and the option encrypt.key-secret";
 constexpr std::string_view kThrottle = "not in this build: throttling is not built";
 constexpr std::string_view kMedia =
     "not in this build: there are no devices with media; use blockdev-add and blockdev-del";

@@ -116,11 +116,15 @@ uint64_t luks_area_bytes(const LuksFormat& format) {
     return uint64_t{header.payload_sector} * kSectorBytes;
 }
 
-Task<Result<LuksVolume>> open_luks(LuksArea area, SecretBytes passphrase) {
+Task<Result<LuksHeader>> load_luks_header(LuksArea area) {
     std::array<uint8_t, kLuksHeaderBytes> head{};
     CO_CHECK(co_await read_area(area, 0, head, "LUKS header"));
+    co_return decode_luks_header(head);
+}
+
+Task<Result<LuksVolume>> open_luks(LuksArea area, SecretBytes passphrase) {
     LuksVolume volume;
-    CO_TRY(volume.header, decode_luks_header(head));
+    CO_TRY(volume.header, co_await load_luks_header(area));
     for (uint32_t i = 0; i < kLuksSlots; i++) {
         if (!volume.header.slots[i].active) continue;
         CO_TRY(auto key, co_await unlock_slot(area, volume.header, i, passphrase.span()));

@@ -58,6 +58,8 @@ uint64_t luks_area_bytes(const LuksFormat& format);
 /// key or an active slot; amend_luks() checks that again.
 Result<LuksAmend> luks_amend(const json::object& options, const Secrets& secrets);
 
+/// The header alone: what it says needs no passphrase.
+Task<Result<LuksHeader>> load_luks_header(LuksArea area);
 /// Main loop; computation runs on the blocking pool. Tries every active slot. Errors: those of the header, kPermission
 /// ("Invalid password, cannot unlock any keyslot"), kIo.
 Task<Result<LuksVolume>> open_luks(LuksArea area, SecretBytes passphrase);

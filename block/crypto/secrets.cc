@@ -147,7 +147,7 @@ Task<Result<>> Secrets::add(json::object options) {
         wipe(text.data(), text.size());
     }
     CO_TRY(SecretBytes secret, decode(options, std::move(raw)));
-    if (has(id)) {  // another monitor was faster
+    if (has(id) || (is_other_ && is_other_(id))) {  // another monitor was faster
         co_return fail(ErrorKind::kExists, "attempt to add duplicate property '{}' to object (type 'container')", id);
     }
     secrets_.emplace(id, std::move(secret));

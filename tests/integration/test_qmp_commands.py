@@ -63,8 +63,8 @@ class Commands(gt.Case):
         for driver in ("vmdk", "nbd", "throttle"):
             kind, desc = self.q.error("blockdev-add", driver=driver, node_name="n")
             self.assertRegex(desc, f"^Parameter 'driver' does not accept value '{driver}'; not in this build: .+")
-        self.assertRegex(self.q.error("object-add", qom_type="secret", id="s", data="x")[1],
-                         "^Parameter 'qom-type' does not accept value 'secret'; not in this build: .+")
+        self.assertRegex(self.q.error("object-add", qom_type="throttle-group", id="s")[1],
+                         "^Parameter 'qom-type' does not accept value 'throttle-group'; not in this build: .+")
 
     # --- nodes
 

@@ -34,7 +34,7 @@ struct QmpBench {
           graph(*rt.runtime, kDrivers, &events),
           exports(*rt.runtime, graph, {}, [this](std::string_view id) { events.export_deleted(id); }),
           nbd_server(*rt.runtime),
-          objects(*rt.runtime, exports),
+          objects(*rt.runtime, exports, graph.secrets()),
           services{*rt.runtime,
                    graph,
                    exports,

@@ -291,7 +291,7 @@ TEST_CASE("reference: what is served is not called absent", "[schema][reference]
     CHECK_FALSE(unserved_driver("no-such-driver"));
     CHECK(unserved_command("migrate") == "not in this build: there is no virtual machine");
     CHECK(unserved_export("fuse"));
-    CHECK(unserved_object("secret"));
+    CHECK(unserved_object("throttle-group"));
 }
 
 }  // namespace gantry::schema
