@@ -1,5 +1,8 @@
 #include "block/formats/qcow2/snapshot_table.h"
 
+#include <algorithm>
+#include <charconv>
+
 #include "block/formats/qcow2/be.h"
 #include "block/formats/qcow2/refusal.h"
 
@@ -58,6 +61,44 @@ Result<std::optional<std::vector<Snapshot>>> parse_snapshot_table(std::span<cons
         at += (bytes + 7) & ~size_t{7};
     }
     return snapshots;
+}
+
+std::vector<uint8_t> encode_snapshot_table(std::span<const Snapshot> snapshots, uint64_t disk_size) {
+    std::vector<uint8_t> table;
+    for (const Snapshot& s : snapshots) {
+        const size_t extra_bytes = kKnownExtraBytes + s.unknown_extra.size();
+        const size_t bytes = kFixedBytes + extra_bytes + s.id.size() + s.name.size();
+        const size_t at = table.size();
+        table.resize(at + ((bytes + 7) & ~size_t{7}));
+        uint8_t* p = table.data() + at;
+        store_be64(p, s.l1_table_offset);
+        store_be32(p + 8, s.l1_size);
+        store_be16(p + 12, static_cast<uint16_t>(s.id.size()));
+        store_be16(p + 14, static_cast<uint16_t>(s.name.size()));
+        store_be32(p + 16, s.date_sec);
+        store_be32(p + 20, s.date_nsec);
+        store_be64(p + 24, s.vm_clock_ns);
+        store_be32(p + 32, s.vm_state_size > UINT32_MAX ? 0 : static_cast<uint32_t>(s.vm_state_size));
+        store_be32(p + 36, static_cast<uint32_t>(extra_bytes));
+        p += kFixedBytes;
+        store_be64(p, s.vm_state_size);
+        store_be64(p + 8, s.disk_size.value_or(disk_size));
+        store_be64(p + 16, static_cast<uint64_t>(s.icount.value_or(-1)));
+        p = std::ranges::copy(s.unknown_extra, p + kKnownExtraBytes).out;
+        p = std::ranges::copy(s.id, p).out;
+        std::ranges::copy(s.name, p);
+    }
+    return table;
+}
+
+std::string next_snapshot_id(std::span<const Snapshot> snapshots) {
+    uint64_t highest = 0;
+    for (const Snapshot& s : snapshots) {
+        uint64_t number = 0;
+        std::from_chars(s.id.data(), s.id.data() + s.id.size(), number);
+        if (number != UINT64_MAX) highest = std::max(highest, number);
+    }
+    return std::to_string(highest + 1);
 }
 
 const Snapshot* find_snapshot(const std::vector<Snapshot>& snapshots, std::string_view id_or_name) {

@@ -31,6 +31,13 @@ struct Snapshot {
 Result<std::optional<std::vector<Snapshot>>> parse_snapshot_table(std::span<const uint8_t> table, uint32_t count,
                                                                   bool complete, std::string_view node);
 
+/// The table as bytes. Every entry gets the extra data of version 3; `disk_size`: of the snapshots that do not say
+/// their own.
+std::vector<uint8_t> encode_snapshot_table(std::span<const Snapshot> snapshots, uint64_t disk_size);
+
+/// The id for a new snapshot: one more than the highest number in use.
+std::string next_snapshot_id(std::span<const Snapshot> snapshots);
+
 /// The snapshot with this id, else the first with this name; null when there is none.
 const Snapshot* find_snapshot(const std::vector<Snapshot>& snapshots, std::string_view id_or_name);
 
