@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstdlib>
 
 #include "runtime/check.h"
 
@@ -32,16 +33,22 @@ Result<> DirtyBitmap::check_size(const std::string& name, uint64_t size, uint32_
     return {};
 }
 
+Result<> DirtyBitmap::check_granularity(uint32_t granularity) {
+    if (std::has_single_bit(granularity) && granularity >= kMinGranularity && granularity <= kMaxGranularity) return {};
+    return fail(ErrorKind::kInvalid, "Granularity must be power of 2 and at least 512");
+}
+
 Result<std::shared_ptr<DirtyBitmap>> DirtyBitmap::create(std::string name, uint64_t size, uint32_t granularity) {
-    if (!std::has_single_bit(granularity) || granularity < kMinGranularity || granularity > kMaxGranularity) {
-        return fail(ErrorKind::kInvalid, "Granularity must be power of 2 and at least 512");
-    }
+    CHECK_OK(check_granularity(granularity));
     CHECK_OK(check_size(name, size, granularity));
-    return std::shared_ptr<DirtyBitmap>(new DirtyBitmap(std::move(name), size, granularity));
+    std::shared_ptr<DirtyBitmap> bitmap(new DirtyBitmap(std::move(name), size, granularity));
+    CHECK_OK(bitmap->allocate());
+    return bitmap;
 }
 
 std::shared_ptr<DirtyBitmap> DirtyBitmap::create_inconsistent(std::string name, uint32_t granularity) {
     std::shared_ptr<DirtyBitmap> bitmap(new DirtyBitmap(std::move(name), 0, granularity));
+    CHECK(bitmap->allocate().has_value(), "memory for an empty bitmap");
     bitmap->persistent = true;
     bitmap->set_inconsistent();
     return bitmap;
@@ -52,9 +59,20 @@ DirtyBitmap::DirtyBitmap(std::string name, uint64_t size, uint32_t granularity)
       size_(size),
       granularity_(granularity),
       shift_(static_cast<unsigned>(std::countr_zero(granularity))),
-      word_count_(words_for(granules())),
-      words_(std::make_unique<std::atomic<uint64_t>[]>(word_count_)),
-      summary_(std::make_unique<std::atomic<uint64_t>[]>(words_for(words_for(word_count_)))) {}
+      word_count_(words_for(granules())) {}
+
+void DirtyBitmap::Words::Free::operator()(uint64_t* p) const { std::free(p); }
+
+bool DirtyBitmap::Words::allocate(uint64_t count) {
+    // Large blocks come from the system as pages that do not exist until they are written.
+    words_.reset(static_cast<uint64_t*>(std::calloc(std::max<uint64_t>(count, 1), sizeof(uint64_t))));
+    return words_ != nullptr;
+}
+
+Result<> DirtyBitmap::allocate() {
+    if (words_.allocate(word_count_) && summary_.allocate(words_for(words_for(word_count_)))) return {};
+    return fail(ErrorKind::kNoMemory, "no memory for bitmap '{}' of {} bytes", name_, word_count_ * 8);
+}
 
 template <class Fn>
 void DirtyBitmap::for_each_word(uint64_t offset, uint64_t length, Fn fn) const {
@@ -155,7 +173,9 @@ uint64_t DirtyBitmap::next_clean(uint64_t offset) const {
 
 uint64_t DirtyBitmap::dirty_bytes() const {
     uint64_t dirty = 0;
-    for (uint64_t i = 0; i < word_count_; i++) dirty += static_cast<unsigned>(std::popcount(words_[i].load()));
+    for (uint64_t i = next_used_word(0); i < word_count_; i = next_used_word(i + 1)) {
+        dirty += static_cast<unsigned>(std::popcount(words_[i].load()));
+    }
     uint64_t bytes = dirty << shift_;
     const uint64_t rest = size_ & (granularity_ - 1);
     if (rest && is_dirty(size_ - 1)) bytes -= granularity_ - rest;
@@ -182,10 +202,9 @@ Result<> DirtyBitmap::merge(const DirtyBitmap& other) {
 
 std::shared_ptr<DirtyBitmap> DirtyBitmap::snapshot(std::string name) const {
     std::shared_ptr<DirtyBitmap> copy(new DirtyBitmap(std::move(name), size_, granularity_));
+    CHECK(copy->allocate().has_value(), "memory for the copy of a bitmap");
     copy->set_recording(false);
-    for (uint64_t i = 0; i < word_count_; i++) {
-        if (const uint64_t word = words_[i].load()) copy->set_word(i, word);
-    }
+    copy->assign(*this);
     return copy;
 }
 
@@ -225,7 +244,9 @@ Result<> DirtyBitmap::resize(uint64_t new_size) {
     if (inconsistent) return {};
     CHECK_OK(check_size(name_, new_size, granularity_));
     DirtyBitmap resized(name_, new_size, granularity_);
-    for (uint64_t i = 0; i < std::min(word_count_, resized.word_count_); i++) {
+    CHECK_OK(resized.allocate());
+    const uint64_t common = std::min(word_count_, resized.word_count_);
+    for (uint64_t i = next_used_word(0); i < common; i = next_used_word(i + 1)) {
         if (const uint64_t word = words_[i].load()) resized.set_word(i, word);
     }
     const uint64_t kept = resized.granules();

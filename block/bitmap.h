@@ -22,8 +22,9 @@ namespace gantry::block {
 class DirtyBitmap {
   public:
     /// `granularity` power of two, 512 ... 2^31; kInvalid "Granularity must be power of 2 and at least 512". kTooLarge
-    /// when the bitmap would need more than 512 MiB.
+    /// when the bitmap would need more than 512 MiB; kNoMemory.
     static Result<std::shared_ptr<DirtyBitmap>> create(std::string name, uint64_t size, uint32_t granularity);
+    static Result<> check_granularity(uint32_t granularity);
     /// One that an image lists and whose contents are lost: it has a name and can be removed, nothing else. Persistent;
     /// takes no memory (size() is 0 whatever the node has).
     static std::shared_ptr<DirtyBitmap> create_inconsistent(std::string name, uint32_t granularity);
@@ -85,8 +86,22 @@ class DirtyBitmap {
     uint64_t next_used_word(uint64_t index) const;
 
   private:
-    using Words = std::unique_ptr<std::atomic<uint64_t>[]>;
+    /// Atomic words, all zero at first. Memory that is never written costs nothing.
+    class Words {
+      public:
+        /// False: no memory.
+        bool allocate(uint64_t count);
+        std::atomic_ref<uint64_t> operator[](uint64_t index) const { return std::atomic_ref(words_.get()[index]); }
+
+      private:
+        struct Free {
+            void operator()(uint64_t* p) const;
+        };
+        std::unique_ptr<uint64_t, Free> words_;
+    };
+    /// Without words; allocate() must succeed before anything else.
     DirtyBitmap(std::string name, uint64_t size, uint32_t granularity);
+    Result<> allocate();
     static Result<> check_size(const std::string& name, uint64_t size, uint32_t granularity);
     /// Calls fn(word index, mask) for the words that hold the granules touched by [offset, offset + length).
     template <class Fn>

@@ -36,7 +36,7 @@ Result<> check_storable(Node& node, const std::string& name, uint32_t granularit
 Result<std::shared_ptr<DirtyBitmap>> make_bitmap(Graph& graph, Node& node, const BitmapSpec& spec) {
     if (find_bitmap(node, spec.name)) return fail(ErrorKind::kExists, "Bitmap already exists: {}", spec.name);
     const uint32_t granularity = spec.granularity.value_or(default_bitmap_granularity(node));
-    TRY(std::shared_ptr<DirtyBitmap> bitmap, DirtyBitmap::create(spec.name, node.size(), granularity));
+    CHECK_OK(DirtyBitmap::check_granularity(granularity));
     if (spec.persistent) {
         CHECK_OK(check_storable(node, spec.name, granularity));
         if (node.read_only()) {
@@ -47,6 +47,7 @@ Result<std::shared_ptr<DirtyBitmap>> make_bitmap(Graph& graph, Node& node, const
     }
     if (spec.name.size() > kMaxNameBytes) return fail(ErrorKind::kInvalid, "Bitmap name too long: {}", spec.name);
     CHECK_OK(graph.check_not_leased(node));
+    TRY(std::shared_ptr<DirtyBitmap> bitmap, DirtyBitmap::create(spec.name, node.size(), granularity));
     bitmap->persistent = spec.persistent;
     bitmap->set_recording(!spec.disabled);
     return bitmap;
