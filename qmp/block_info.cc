@@ -75,8 +75,10 @@ Task<json::object> image_tree(Node& node, bool with_backing) {
 }
 
 json::object bitmap_json(const block::DirtyBitmap& b) {
-    json::object out{{"name", b.name()},           {"count", b.dirty_bytes()}, {"granularity", b.granularity()},
-                     {"recording", b.recording()}, {"busy", b.busy},           {"persistent", b.persistent}};
+    // Of an image that is not open for writing: what the user wants, as the reference tells it.
+    const bool recording = b.enabled() && !b.inconsistent;
+    json::object out{{"name", b.name()},       {"count", b.dirty_bytes()}, {"granularity", b.granularity()},
+                     {"recording", recording}, {"busy", b.busy},           {"persistent", b.persistent}};
     if (b.inconsistent) out["inconsistent"] = true;
     return out;
 }
