@@ -89,7 +89,7 @@ void derive_key(HashAlg hash, std::span<const uint8_t> passphrase, std::span<con
 }
 
 uint64_t derive_iterations(HashAlg hash, size_t out_bytes, uint64_t milliseconds) {
-    constexpr uint64_t kEnoughNs = 50'000'000;
+    constexpr uint64_t kEnoughNs = 20'000'000;
     SecretBytes out(out_bytes);
     const SecretBytes salt(32);
     // Doubled until the clock tells the difference between work and noise.

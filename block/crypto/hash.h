@@ -22,7 +22,7 @@ void digest(HashAlg hash, std::initializer_list<std::span<const uint8_t>> parts,
 void derive_key(HashAlg hash, std::span<const uint8_t> passphrase, std::span<const uint8_t> salt, uint32_t iterations,
                 std::span<uint8_t> out);
 /// How many iterations of derive_key for `out_bytes` take `milliseconds` of processor time here; at least 1. Computes
-/// for some 50 ms. May exceed what any header can hold: the caller bounds it.
+/// for some 40 ms. May exceed what any header can hold: the caller bounds it.
 uint64_t derive_iterations(HashAlg hash, size_t out_bytes, uint64_t milliseconds);
 
 /// From the kernel; never fails.

@@ -46,6 +46,7 @@ struct LuksFormat {
 struct LuksAmend {
     bool activate = false;
     std::optional<SecretBytes> new_secret, old_secret;
+    std::optional<SecretBytes> secret;  // must open the volume as it is
     std::optional<uint32_t> slot;
     uint64_t iter_time_ms = 2000;
 };

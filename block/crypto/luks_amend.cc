@@ -122,13 +122,20 @@ Task<Result<>> deactivate_one(LuksArea area, LuksVolume& volume, LuksAmend chang
     co_return co_await erase_slot(area, volume, number);
 }
 
-Task<Result<>> deactivate_matching(LuksArea area, LuksVolume& volume, SecretBytes passphrase, bool force) {
+/// The active slots that `passphrase` opens.
+Task<Result<std::vector<uint32_t>>> slots_of(LuksArea area, const LuksVolume& volume,
+                                             std::span<const uint8_t> passphrase) {
     std::vector<uint32_t> matching;
     for (uint32_t i = 0; i < kLuksSlots; i++) {
         if (!volume.header.slots[i].active) continue;
-        CO_TRY(const auto key, co_await unlock_slot(area, volume.header, i, passphrase.span()));
+        CO_TRY(const auto key, co_await unlock_slot(area, volume.header, i, passphrase));
         if (key) matching.push_back(i);
     }
+    co_return matching;
+}
+
+Task<Result<>> deactivate_matching(LuksArea area, LuksVolume& volume, SecretBytes passphrase, bool force) {
+    CO_TRY(const std::vector<uint32_t> matching, co_await slots_of(area, volume, passphrase.span()));
     if (matching.empty()) {
         co_return fail(ErrorKind::kPermission, "No keyslots match given (old) password for erase operation");
     }
@@ -181,6 +188,9 @@ Result<LuksAmend> luks_amend(const json::object& options, const Secrets& secrets
     if (o.has("new-secret")) {
         TRY(change.new_secret, secrets.lookup_text(o.str("new-secret")));
     }
+    if (o.has("secret")) {
+        TRY(change.secret, secrets.lookup_text(o.str("secret")));
+    }
     if (o.has("old-secret")) {
         TRY(change.old_secret, secrets.lookup_text(o.str("old-secret")));
     }
@@ -188,9 +198,16 @@ Result<LuksAmend> luks_amend(const json::object& options, const Secrets& secrets
 }
 
 Task<Result<>> amend_luks(LuksArea area, LuksVolume& volume, LuksAmend change, bool force) {
-    if (change.activate) return activate(area, volume, std::move(change), force);
-    if (change.slot) return deactivate_one(area, volume, std::move(change), force);
-    return deactivate_matching(area, volume, std::move(*change.old_secret), force);
+    if (change.secret) {
+        CO_TRY(const std::vector<uint32_t> opened, co_await slots_of(area, volume, change.secret->span()));
+        if (opened.empty()) {
+            co_return fail(ErrorKind::kPermission,
+                           "Failed to retrieve the master key; the secret that was given opens no key slot");
+        }
+    }
+    if (change.activate) co_return co_await activate(area, volume, std::move(change), force);
+    if (change.slot) co_return co_await deactivate_one(area, volume, std::move(change), force);
+    co_return co_await deactivate_matching(area, volume, std::move(*change.old_secret), force);
 }
 
 }  // namespace gantry::block::crypto
