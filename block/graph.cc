@@ -119,6 +119,8 @@ Task<Result<std::shared_ptr<Node>>> Graph::open_node(json::object options, NodeF
     context.hand_over(node);
     node.children_changed();
     node.update_fast_paths();
+    Result<> ready = co_await node.opened();
+    if (!ready) co_return std::unexpected(std::move(ready).error());  // close_unused() takes it away
     co_return opened;
 }
 

@@ -16,6 +16,7 @@
 #include "block/root.h"
 #include "runtime/runtime.h"
 #include "runtime/sync.h"
+#include "runtime/unique_fd.h"
 
 namespace gantry::block {
 
@@ -59,6 +60,9 @@ class Graph {
 
     /// Checks and commits permissions on the whole graph. Errors: kPermission with both holders' names, kReadOnly.
     Task<Result<std::unique_ptr<Root>>> attach(Node& node, RootOptions options);
+    /// The same for a node by name (string), or for one defined here by validated options (object), which closes with
+    /// its last user.
+    Task<Result<std::unique_ptr<Root>>> attach_reference(json::value reference, RootOptions options);
     /// Waits for requests in flight, releases permissions and the node. The Root's channels must have no user any more.
     Task<void> detach(std::unique_ptr<Root> root);
     /// Changes what a root takes.
@@ -90,6 +94,9 @@ class Graph {
     bool opens_locked = false;
     /// Passphrases by id, for encrypted images.
     crypto::Secrets& secrets() const { return *secrets_; }
+    /// Where the descriptor of a node's mapping log comes from: a memory file that outlives this process. Empty, or an
+    /// invalid descriptor: none.
+    std::function<Result<UniqueFd>(const std::string& node_name)> mapping_log_source;
     const Driver* driver(std::string_view name) const;
     /// "#blockNNN".
     std::string make_node_name();

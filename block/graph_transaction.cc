@@ -132,8 +132,9 @@ void GraphTransaction::undo() {
     commit_.clear();
 }
 
-Task<void> GraphTransaction::end() {
+Task<void> GraphTransaction::end(bool committed) {
     state_ = State::kEnded;
+    if (before_end_) co_await before_end_(committed);
     watch_.settle();
     co_await graph_.end_drain(section_);
     co_await graph_.close_unused();
@@ -151,14 +152,14 @@ Task<Result<>> GraphTransaction::commit() {
     } else {
         undo();
     }
-    co_await end();
+    co_await end(permitted.has_value());
     co_return permitted;
 }
 
 Task<void> GraphTransaction::rollback() {
     CHECK(state_ == State::kBegun, "a transaction ends once");
     undo();
-    co_await end();
+    co_await end(false);
 }
 
 }  // namespace gantry::block

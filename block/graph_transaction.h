@@ -49,6 +49,9 @@ class GraphTransaction {
     void on_undo(std::function<void()> undo) { undo_.push_back(std::move(undo)); }
     void on_commit(std::function<void()> commit) { commit_.push_back(std::move(commit)); }
 
+    /// The last thing before what was drained goes on; told whether the transaction was committed.
+    void before_end(std::function<Task<void>(bool committed)> fn) { before_end_ = std::move(fn); }
+
     // ---- End: undrains, closes what nobody uses, tells the roots ----
 
     /// On failure everything is undone.
@@ -58,7 +61,7 @@ class GraphTransaction {
   private:
     enum class State : uint8_t { kIdle, kBegun, kEnded };
     void undo();
-    Task<void> end();
+    Task<void> end(bool committed);
 
     Graph& graph_;
     State state_ = State::kIdle;
@@ -66,6 +69,7 @@ class GraphTransaction {
     SizeWatch watch_;
     std::vector<std::function<void()>> undo_;
     std::vector<std::function<void()>> commit_;
+    std::function<Task<void>(bool)> before_end_;
 };
 
 /// True when `node` is `ancestor` or lies below it.

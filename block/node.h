@@ -156,6 +156,8 @@ class Node : public std::enable_shared_from_this<Node> {
 
     // ---- Life cycle (main loop) ----
 
+    /// The last step of opening: children are attached, no request has come yet. On failure the node is closed again.
+    virtual Task<Result<>> opened() { co_return Result<>(); }
     /// Stops / restarts the node's own activity (write-back, timers, prefetch); requests are already drained.
     virtual Task<void> quiesce() { co_return; }
     virtual void unquiesce() {}
@@ -187,6 +189,9 @@ class Node : public std::enable_shared_from_this<Node> {
     virtual Task<Result<>> prepare_reopen(const json::object& options, const NodeFlags& flags);
     virtual void commit_reopen() {}
     virtual void abort_reopen() {}
+    /// After commit or abort of the whole reopen, permissions included, still drained: what needs I/O with the new
+    /// rights, or to take back what prepare did. A failure is reported; the node is read-only then.
+    virtual Task<Result<>> reopened(bool committed) { co_return Result<>(); }
 
     /// The plain name when driver and path alone describe the node, else "json:{...}"; at most 1023 bytes.
     virtual std::string filename() const;

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "block/node_flags.h"
+#include "runtime/log.h"
 
 namespace gantry::block {
 
@@ -48,12 +49,13 @@ Task<Result<>> Reopen::run(std::vector<json::object> options) {
     if (done) {
         done = apply_edges();
         tx_.on_undo([this] { abort(); });
+        tx_.before_end([this](bool committed) { return settle(committed); });
         if (done) done = co_await prepare();
         if (done) {
             for (const Item& item : items_) tx_.set_flags(*item.node, item.flags);
             tx_.on_commit([this] { commit(); });
             done = co_await tx_.commit();
-            if (done) co_return done;
+            if (done) co_return std::move(settled_);
         } else {
             co_await tx_.rollback();
         }
@@ -206,7 +208,7 @@ Task<Result<>> Reopen::prepare() {
     // Children first: a format may look at the file it will stand on.
     for (auto item = items_.rbegin(); item != items_.rend(); ++item) {
         CO_CHECK(co_await item->node->prepare_reopen(item->options, item->flags));
-        item->prepared = true;
+        item->prepared = item->was_prepared = true;
     }
     co_return Result<>();
 }
@@ -220,6 +222,22 @@ void Reopen::commit() {
     }
     for (const Edge& edge : edges_) {
         if (edge.opened) --edge.to->pins_;
+    }
+}
+
+Task<void> Reopen::settle(bool committed) {
+    // Children first, as in prepare().
+    for (auto item = items_.rbegin(); item != items_.rend(); ++item) {
+        if (!item->was_prepared) continue;
+        Node& node = *item->node;
+        Result<> settled = co_await node.reopened(committed);
+        if (settled) continue;
+        log::error("node '{}': after a reopen: {}", node.name(), settled.error().message());
+        if (committed && node.read_only()) {
+            node.flags_.read_only = true;
+            node.options_["read-only"] = true;
+        }
+        if (settled_) settled_ = std::move(settled);
     }
 }
 

@@ -26,7 +26,7 @@ class Reopen {
         std::shared_ptr<Node> node;
         json::object options;
         NodeFlags flags, inherited;
-        bool prepared = false;
+        bool prepared = false, was_prepared = false;
     };
     /// An edge that changes.
     struct Edge {
@@ -50,11 +50,14 @@ class Reopen {
     Task<Result<>> prepare();
     void commit();
     void abort();
+    /// Node::reopened() of everything that was prepared, still drained.
+    Task<void> settle(bool committed);
 
     Graph& graph_;
     GraphTransaction tx_;
     std::vector<Item> items_;  // parents before the children they pull in
     std::vector<Edge> edges_;
+    Result<> settled_;  // the first failure of settle()
 };
 
 }  // namespace gantry::block
