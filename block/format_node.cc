@@ -100,6 +100,11 @@ Task<Result<>> FormatNode::commit_write(Request& rq, WritePlan& plan) { co_retur
 
 Task<void> FormatNode::abort_write(Request& rq, WritePlan& plan) { co_return; }
 
+Task<Error> FormatNode::write_refused(Request& rq, uint64_t host_offset, uint64_t length) {
+    co_return Error(ErrorKind::kIo, fmt::format("node '{}': {} bytes at {:#x} of its file must not be written", name(),
+                                                length, host_offset));
+}
+
 Task<Result<>> FormatNode::zero_mapped(Request& rq, uint64_t offset, uint64_t length, WriteFlags flags) {
     co_return fail(ErrorKind::kUnsupported, "node '{}': driver '{}' has no zero state", name(), driver());
 }

@@ -22,10 +22,11 @@ struct WritePlan {
     bool in_place = false;     // an existing mapping: nothing to copy, commit does nothing
     uint64_t copy_begin =
         0;  // guest range [copy_begin, guest_offset) and [guest_offset + length, copy_end) must be filled from the
-    uint64_t copy_end =
-        0;  // old contents (cluster or subcluster edges); equal to the ends when nothing is to be copied
+    uint64_t copy_end = 0;  // old contents (cluster or subcluster edges); equal to the ends when nothing is to be
+                            // copied. May lie beyond size(): what is there is filled with zeroes
     bool fresh_reads_zero = false;    // the new place is known to read as zeroes: zero edges need no write
     bool flush_copied_first = false;  // copied bytes must be stable before commit_write (spec/qcow2.md section 12)
+    bool copied = false;              // set by FormatNode before commit_write: edges were written, zeroes included
     std::unique_ptr<struct PlanState> state;  // the format's own
 
     WritePlan();
@@ -79,6 +80,11 @@ class FormatNode : public Node {
     virtual Task<void> abort_write(Request& rq, WritePlan& plan);
     /// Bytes written to a plan's place need encode_in_place first.
     virtual bool transforms_writes() const { return false; }
+    /// Whether an existing mapping may be written to: false where something else lies there. A plain call on any loop,
+    /// cheap; asked before every write in place.
+    virtual bool write_allowed(uint64_t host_offset, uint64_t length) { return true; }
+    /// The error of a write that write_allowed() forbade.
+    virtual Task<Error> write_refused(Request& rq, uint64_t host_offset, uint64_t length);
     /// Whole units only (zeroes_alignment / discard_alignment; the last one ends at size()); no plan is in flight in
     /// any cluster it touches. kUnsupported (with nothing changed): data is written.
     virtual Task<Result<>> zero_mapped(Request& rq, uint64_t offset, uint64_t length, WriteFlags flags);
@@ -140,19 +146,25 @@ class FormatNode : public Node {
     Task<Result<Extent>> miss(Request& rq, uint64_t offset, uint64_t length);
 
     Task<Result<>> read_pass(Request& rq, uint64_t offset, IoVec iov);
-    /// The loop over extents; inside somebody's Pass.
+    /// The loop over extents; inside somebody's Pass. Large and encoded extents of one request are read side by side.
     Task<Result<>> read_extents(Request& rq, uint64_t offset, IoVec iov);
+    struct SideBySide;
+    Task<Result<>> read_extent(Request& rq, const Extent& extent, uint64_t offset, IoVec iov);
+    /// The bytes [skip, + extent.length) of `iov`; for SideBySide, which `rq` and `iov` outlive.
+    Task<void> read_beside(Request& rq, Extent extent, uint64_t offset, IoVec iov, uint64_t skip, SideBySide* reads);
     Task<Result<>> read_backing(Request& rq, uint64_t offset, IoVec iov);
     Task<Result<>> read_transformed(Request& rq, Extent extent, uint64_t offset, IoVec iov);
     Task<Result<BlockStatus>> status_of(Request& rq, Extent extent, uint64_t offset, uint64_t length);
-    /// Whether the whole of [begin, end) reads as zeroes, as far as maps tell.
+    /// Whether the whole of [begin, end) reads as zeroes, as far as maps tell. What lies beyond size() does.
     Task<Result<bool>> reads_as_zero(Request& rq, uint64_t begin, uint64_t end);
 
     Task<Result<>> write_extents(Request& rq, uint64_t offset, IoVec iov, WriteFlags flags);
     Task<Result<>> write_in_place(Request& rq, Node* node, uint64_t host, bool transform, uint64_t offset, IoVec iov);
     /// One plan for the beginning of the range; the bytes done, 0: map again.
     Task<Result<uint64_t>> write_planned(Request& rq, uint64_t offset, IoVec iov, WriteFlags flags);
-    Task<Result<>> write_plan_bytes(Request& rq, const WritePlan& plan, IoVec iov);
+    Task<Result<>> write_plan_bytes(Request& rq, WritePlan& plan, IoVec iov);
+    /// What an edge held before; zeroes beyond size().
+    Task<Result<>> read_edge(Request& rq, uint64_t offset, IoVec iov);
     Task<Result<>> write_encoded(Request& rq, Node* node, uint64_t host, uint64_t offset, IoVec iov);
     /// The same for one compressed cluster; 0: write plainly.
     Task<Result<uint64_t>> write_one_compressed(Request& rq, uint64_t offset, IoVec iov);

@@ -1,9 +1,11 @@
 // FormatNode: reads and block status.
 
 #include <algorithm>
+#include <optional>
 
 #include "block/format_node.h"
 #include "runtime/buffer.h"
+#include "runtime/task_scope.h"
 
 namespace gantry::block {
 namespace {
@@ -13,6 +15,11 @@ using Kind = Extent::Kind;
 constexpr uint64_t kBounce = 1 << 20;
 constexpr unsigned kStatusSteps = 256;  // extents looked at for one answer
 constexpr int kAgain = -11;             // -EAGAIN
+
+constexpr unsigned kSideBySide = 8;  // parts of one request that are read at the same time
+constexpr uint64_t kWorthATask = 16 << 10;
+
+bool worth_its_own_task(const Extent& e) { return e.kind == Kind::kEncoded || e.length >= kWorthATask; }
 
 bool plain_data(const Extent& e) { return e.kind == Kind::kData && !e.transform; }
 
@@ -38,35 +45,74 @@ Task<Result<>> FormatNode::read_pass(Request& rq, uint64_t offset, IoVec iov) {
     co_return co_await read_extents(rq, offset, iov);
 }
 
+/// Reads of parts of one request that run at the same time, on the request's loop.
+struct FormatNode::SideBySide {
+    TaskScope scope;
+    WaitQueue done;
+    unsigned running = 0;
+    std::optional<Error> error;  // the first
+};
+
+Task<Result<>> FormatNode::read_extent(Request& rq, const Extent& extent, uint64_t offset, IoVec iov) {
+    switch (extent.kind) {
+        case Kind::kZero:
+            fill_iovec(iov, 0, iov.bytes);
+            break;
+        case Kind::kUnallocated:
+            return read_backing(rq, offset, iov);
+        case Kind::kData:
+            if (extent.transform) return read_transformed(rq, extent, offset, iov);
+            return extent.node->read(rq, extent.offset, iov);
+        case Kind::kEncoded:
+            return read_encoded(rq, extent, offset, iov);
+    }
+    return ready_task(Result<>());
+}
+
+Task<void> FormatNode::read_beside(Request& rq, Extent extent, uint64_t offset, IoVec iov, uint64_t skip,
+                                   SideBySide* reads) {
+    const IoVecSlice slice(iov, skip, extent.length);
+    Result<> read = co_await read_extent(rq, extent, offset, slice.view());
+    if (!read && !reads->error) reads->error = std::move(read).error();
+    reads->running--;
+    reads->done.notify_one();
+}
+
 Task<Result<>> FormatNode::read_extents(Request& rq, uint64_t offset, IoVec iov) {
     const uint64_t end = offset + iov.bytes;
+    std::optional<SideBySide> reads;
+    Result<> result;
     for (uint64_t pos = offset; pos < end;) {
         Extent extent;
         if (!hit(pos, end - pos, extent)) {
-            CO_TRY(extent, co_await miss(rq, pos, end - pos));
+            Result<Extent> loaded = co_await miss(rq, pos, end - pos);
+            if (!loaded) {
+                result = std::unexpected(std::move(loaded).error());
+                break;
+            }
+            extent = *loaded;
         }
-        const IoVecSlice slice(iov, pos - offset, extent.length);
-        switch (extent.kind) {
-            case Kind::kZero:
-                fill_iovec(iov, pos - offset, extent.length);
-                break;
-            case Kind::kUnallocated:
-                CO_CHECK(co_await read_backing(rq, pos, slice.view()));
-                break;
-            case Kind::kData:
-                if (extent.transform) {
-                    CO_CHECK(co_await read_transformed(rq, extent, pos, slice.view()));
-                } else {
-                    CO_CHECK(co_await extent.node->read(rq, extent.offset, slice.view()));
-                }
-                break;
-            case Kind::kEncoded:
-                CO_CHECK(co_await read_encoded(rq, extent, pos, slice.view()));
-                break;
+        const bool last = pos + extent.length == end;
+        if (extent.kind == Kind::kZero) {
+            fill_iovec(iov, pos - offset, extent.length);
+        } else if (!last && worth_its_own_task(extent)) {
+            if (!reads) reads.emplace();
+            while (reads->running >= kSideBySide) co_await reads->done.wait();
+            if (reads->error) break;
+            reads->running++;
+            reads->scope.spawn(read_beside(rq, extent, pos, iov, pos - offset, &*reads));
+        } else {
+            const IoVecSlice slice(iov, pos - offset, extent.length);
+            result = co_await read_extent(rq, extent, pos, slice.view());
+            if (!result) break;
         }
         pos += extent.length;
     }
-    co_return Result<>();
+    if (reads) {
+        co_await reads->scope.join();
+        if (result && reads->error) result = std::unexpected(std::move(*reads->error));
+    }
+    co_return result;
 }
 
 Task<Result<>> FormatNode::read_backing(Request& rq, uint64_t offset, IoVec iov) {
@@ -188,6 +234,7 @@ Task<Result<BlockStatus>> FormatNode::do_block_status(Request& rq, uint64_t offs
 }
 
 Task<Result<bool>> FormatNode::reads_as_zero(Request& rq, uint64_t begin, uint64_t end) {
+    end = std::min(end, size());
     for (uint64_t pos = begin; pos < end;) {
         Extent extent;
         if (!hit(pos, end - pos, extent)) {

@@ -42,7 +42,7 @@ int FormatNode::do_try_write(Request& rq, uint64_t offset, const IoVec& iov, Wri
         return kAgain;
     extent.length = std::min<uint64_t>(extent.length, iov.bytes);
     extend(offset, iov.bytes, extent);
-    if (extent.length < iov.bytes) return kAgain;
+    if (extent.length < iov.bytes || !write_allowed(extent.offset, extent.length)) return kAgain;
     return extent.node->try_write(rq, extent.offset, iov, WriteFlags::kNone);
 }
 
@@ -62,6 +62,9 @@ Task<Result<>> FormatNode::write_extents(Request& rq, uint64_t offset, IoVec iov
         }
         if (writable_in_place(extent)) {
             const IoVecSlice slice(iov, pos - offset, extent.length);
+            if (!write_allowed(extent.offset, extent.length)) {
+                co_return std::unexpected(co_await write_refused(rq, extent.offset, extent.length));
+            }
             CO_CHECK(co_await write_in_place(rq, extent.node, extent.offset, extent.transform, pos, slice.view()));
             pos += extent.length;
             continue;
@@ -126,7 +129,16 @@ Task<Result<uint64_t>> FormatNode::write_planned(Request& rq, uint64_t offset, I
     co_return plan.length;
 }
 
-Task<Result<>> FormatNode::write_plan_bytes(Request& rq, const WritePlan& plan, IoVec iov) {
+Task<Result<>> FormatNode::read_edge(Request& rq, uint64_t offset, IoVec iov) {
+    const uint64_t end = size();
+    const uint64_t inside = offset < end ? std::min<uint64_t>(iov.bytes, end - offset) : 0;
+    if (inside < iov.bytes) fill_iovec(iov, inside, iov.bytes - inside);
+    if (inside == 0) co_return Result<>();
+    const IoVecSlice slice(iov, 0, inside);
+    co_return co_await read_extents(rq, offset, slice.view());
+}
+
+Task<Result<>> FormatNode::write_plan_bytes(Request& rq, WritePlan& plan, IoVec iov) {
     const uint64_t guest_end = plan.guest_offset + plan.length;
     const uint64_t head = plan.guest_offset - plan.copy_begin;
     const uint64_t tail = plan.copy_end - guest_end;
@@ -163,7 +175,8 @@ Task<Result<>> FormatNode::write_plan_bytes(Request& rq, const WritePlan& plan, 
                 Buffer& buffer = is_head ? head_data : tail_data;
                 buffer = Buffer::alloc(length);
                 list.push_back(buffer.iov());
-                CO_CHECK(co_await read_extents(rq, guest, IoVec(list.back())));
+                const iovec edge = list.back();
+                CO_CHECK(co_await read_edge(rq, guest, IoVec(edge)));
                 copied = true;
             }
             if (part_of_write) bytes += length;
@@ -175,6 +188,7 @@ Task<Result<>> FormatNode::write_plan_bytes(Request& rq, const WritePlan& plan, 
         }
     }
 
+    plan.copied = copied;
     const IoVec all = view_of(list, bytes);
     if (encode) {
         CO_CHECK(co_await write_encoded(rq, plan.node, first, plan.copy_begin, all));
