@@ -16,7 +16,7 @@ constexpr EnumValue kDriverValues[] = {
     {"host_device", "a block device of the host"},
     {"null-aio", "reads nothing, forgets what is written"},
     {"null-co", "reads nothing, forgets what is written"},
-    {"qcow2", "qcow2 image; read-only in this build"},
+    {"qcow2", "qcow2 image"},
     {"raw", "the bytes of its file, or a window of them"},
 };
 // Serving a driver moves its line from here to the list above, with its options below.
@@ -212,6 +212,7 @@ constexpr Member kQcow2Members[] = {
     optional("pass-discard-request", kBool, "on with discard=unmap", "pass discards of guests to the file"),
     optional("pass-discard-snapshot", kBool, "on", "give back what deleting a snapshot frees"),
     optional("pass-discard-other", kBool, "off", "give back what is freed otherwise"),
+    optional("discard-no-unref", kBool, "off", "discarded clusters keep their place: the image does not fragment"),
     optional("overlap-check", kOverlapChecks, "cached", "what a write to metadata is checked against"),
     optional("cache-size", kInt, "", "bytes of the L2 and the refcount cache together"),
     optional("l2-cache-size", kInt, "up to 32 MiB, enough for the disk", "bytes of the cache of L2 tables"),
@@ -224,11 +225,8 @@ constexpr Member kQcow2Members[] = {
     optional("snapshot", kStr, "none: the disk as it is now",
              "read the state of an internal snapshot, by id or name; needs read-only (an addition of Gantry)"),
 };
-constexpr Absent kQcow2Absent[] = {
-    {"discard-no-unref", "not in this build: writing qcow2 images is not built"},
-};
 constinit const Type kQcow2Options =
-    derived_type("BlockdevOptionsQcow2", "A qcow2 image.", kGenericCowFormat, kQcow2Members, kQcow2Absent);
+    derived_type("BlockdevOptionsQcow2", "A qcow2 image.", kGenericCowFormat, kQcow2Members);
 
 // --- the union
 

@@ -20,7 +20,8 @@ uint64_t model_operations(unsigned share);
 
 /// A node, its Root with a channel on every I/O loop, and what it must contain.
 struct ModelRun : GraphFixture {
-    ModelRun() : GraphFixture(nullptr, {kBlockFormatDriver}) {}
+    explicit ModelRun(std::vector<block::Driver> drivers = {kBlockFormatDriver})
+        : GraphFixture(nullptr, std::move(drivers)) {}
     ~ModelRun();
 
     /// Opens definitions in order; the last one is the node under test, named "n". `contents`: what it holds at first.

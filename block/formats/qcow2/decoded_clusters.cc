@@ -32,6 +32,16 @@ void DecodedClusters::finish(const std::shared_ptr<Entry>& entry) {
     entry->done.set();
 }
 
+void DecodedClusters::forget(uint64_t host_offset) {
+    const std::lock_guard lock(mutex_);
+    std::erase_if(slots_, [&](const Slot& slot) { return slot.entry->host_offset == host_offset; });
+}
+
+void DecodedClusters::forget_all() {
+    const std::lock_guard lock(mutex_);
+    slots_.clear();
+}
+
 void DecodedClusters::clean() {
     const std::lock_guard lock(mutex_);
     std::erase_if(slots_,

@@ -34,6 +34,9 @@ class DecodedClusters {
     std::shared_ptr<Entry> find_or_begin(uint64_t host_offset, bool& mine);
     /// Wakes the waiters; a failed entry is forgotten, so that the next read tries again.
     void finish(const std::shared_ptr<Entry>& entry);
+    /// Another blob takes that place.
+    void forget(uint64_t host_offset);
+    void forget_all();
     /// Drops what nobody used since the call before.
     void clean();
     size_t size() const;

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <bit>
 
 namespace gantry::block::qcow2 {
@@ -23,10 +24,9 @@ Piece compressed(const Geometry& g, uint64_t entry, uint64_t in_cluster) {
     piece.allocated = true;
     piece.must_copy = true;
     piece.length = g.cluster_size() - in_cluster;
-    const uint32_t x = 62 - (g.cluster_bits - 8);
-    const uint64_t sectors = ((entry & ~kCopied & ~kCompressed) >> x) + 1;
-    piece.host = entry & ((uint64_t{1} << x) - 1) & ((uint64_t{1} << 56) - 1);
-    piece.bytes = sectors * 512 - (piece.host & 511);
+    const Blob blob = blob_of(g, {.word = entry});
+    piece.host = blob.host;
+    piece.bytes = blob.bytes;
     return piece;
 }
 
@@ -55,6 +55,31 @@ Piece subclusters(const Geometry& g, bool has_host, uint64_t host, uint64_t bitm
 }
 
 }  // namespace
+
+Blob blob_of(const Geometry& g, const Entry& entry) {
+    const uint32_t x = 62 - (g.cluster_bits - 8);
+    const uint64_t sectors = ((entry.word & ~kCopied & ~kCompressed) >> x) + 1;
+    Blob blob;
+    blob.host = entry.word & ((uint64_t{1} << x) - 1) & ((uint64_t{1} << 56) - 1);
+    blob.bytes = sectors * 512 - (blob.host & 511);
+    return blob;
+}
+
+uint64_t compressed_word(const Geometry& g, uint64_t host, uint64_t bytes) {
+    const uint32_t x = 62 - (g.cluster_bits - 8);
+    const uint64_t more_sectors = (host + bytes - 1) / 512 - host / 512;
+    if (host >> std::min(x, 56u) || more_sectors >> (62 - x)) return 0;
+    return kCompressed | more_sectors << x | host;
+}
+
+uint32_t subclusters_touched(const Geometry& g, uint64_t cluster, uint64_t from, uint64_t to) {
+    from = std::max(from, cluster);
+    to = std::min(to, cluster + g.cluster_size());
+    if (from >= to) return 0;
+    const auto first = static_cast<uint32_t>((from - cluster) >> g.subcluster_bits());
+    const auto last = static_cast<uint32_t>((to - 1 - cluster) >> g.subcluster_bits());
+    return static_cast<uint32_t>((uint64_t{2} << last) - (uint64_t{1} << first));
+}
 
 Piece describe_entry(const Geometry& g, uint64_t entry, uint64_t bitmap, uint64_t guest_offset) {
     const uint64_t in_cluster = g.offset_in_cluster(guest_offset);

@@ -41,6 +41,36 @@ struct Piece {
 /// The L2 table that an L1 entry points to; 0: none.
 inline uint64_t l2_table_offset(uint64_t l1_entry) { return l1_entry & kOffsetMask; }
 
+/// The words of one cluster. `bitmap`: only with extended L2.
+struct Entry {
+    uint64_t word = 0, bitmap = 0;
+    bool operator==(const Entry&) const = default;
+
+    bool is_compressed() const { return (word & kCompressed) != 0; }
+    uint32_t allocated() const { return static_cast<uint32_t>(bitmap); }
+    uint32_t zero() const { return static_cast<uint32_t>(bitmap >> 32); }
+    static uint64_t bits(uint32_t allocated, uint32_t zero) { return uint64_t{zero} << 32 | allocated; }
+};
+
+/// The entry is not a compressed one and names a host cluster.
+inline bool has_place(const Geometry& g, const Entry& e) {
+    return !e.is_compressed() && ((e.word & kOffsetMask) != 0 || (g.external_data && (e.word & kCopied)));
+}
+/// ... which may be written to, because nobody else refers to it.
+inline bool has_own_place(const Geometry& g, const Entry& e) { return has_place(g, e) && (e.word & kCopied) != 0; }
+inline uint64_t place_of(const Entry& e) { return e.word & kOffsetMask; }
+
+/// Where a compressed entry's blob lies; `bytes` up to the end of its last sector.
+struct Blob {
+    uint64_t host = 0, bytes = 0;
+};
+Blob blob_of(const Geometry& geometry, const Entry& entry);
+/// The word for `bytes` > 0 at `host`; 0 when it cannot be expressed.
+uint64_t compressed_word(const Geometry& geometry, uint64_t host, uint64_t bytes);
+
+/// Subclusters of the cluster that begins at guest offset `cluster` which [from, to) touches, a bit for each.
+uint32_t subclusters_touched(const Geometry& geometry, uint64_t cluster, uint64_t from, uint64_t to);
+
 /// Describes guest byte `guest_offset` and its equals up to the end of the cluster, from the entry of that cluster.
 /// `bitmap`: second word of an extended entry. A compressed piece spans the whole rest of the cluster.
 Piece describe_entry(const Geometry& geometry, uint64_t entry, uint64_t bitmap, uint64_t guest_offset);

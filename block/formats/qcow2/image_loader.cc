@@ -110,8 +110,8 @@ Result<L1Place> choose_disk(Image& image, std::string_view snapshot, std::string
 }
 
 Task<Result<>> load_l1(Node& file, Image& image, L1Place place, std::string node) {
-    const uint64_t entries = std::min(place.entries, image.geometry.l1_entries_for(image.disk_size));
-    const uint64_t bytes = present(file, place.offset, entries * 8);
+    // All of it, also what lies beyond the disk (the state of a virtual machine): a writer must know what it owns.
+    const uint64_t bytes = present(file, place.offset, place.entries * 8);
     CO_TRY(Buffer table, co_await read_at(file, place.offset, bytes, node, "L1 table"));
     image.l1.resize(bytes / 8);
     for (size_t i = 0; i < image.l1.size(); i++) image.l1[i] = load_be64(table.data() + i * 8);
@@ -123,12 +123,6 @@ Task<Result<>> load_l1(Node& file, Image& image, L1Place place, std::string node
 Task<Result<Image>> load_image(Node& file, std::string node, std::string snapshot) {
     Image image;
     CO_CHECK(co_await load_header(file, image, node));
-    const Header& h = image.header;
-    if (h.crypt_method != 0) {
-        co_return refuse(ErrorKind::kUnsupported, node, "Encrypted images are not supported by this build",
-                         "crypt_method at byte 32 is {} ({})", h.crypt_method,
-                         h.crypt_method == 2 ? "LUKS" : "AES-CBC");
-    }
     CO_CHECK(co_await load_snapshots(file, image, node));
     CO_CHECK(co_await load_bitmaps(file, image, node));
     CO_TRY(const L1Place place, choose_disk(image, snapshot, node));

@@ -9,6 +9,7 @@ namespace gantry::block::qcow2 {
 
 uint64_t Qcow2Node::l1_entry(uint64_t offset) const {
     const uint64_t index = offset >> geometry().l1_shift();
+    if (metadata_) return metadata_->l1().get(index);
     return index < image_.l1.size() ? image_.l1[index] : 0;
 }
 
@@ -20,7 +21,7 @@ void Qcow2Node::extend(MappingRun& run) const {
             // A missing table is a table of zeroes: all its guest bytes at once. So is what no L1 entry describes.
             const uint64_t index = run.end() >> g.l1_shift();
             Piece piece = describe_entry(g, 0, 0, run.end());
-            piece.length = (index < image_.l1.size() ? (index + 1) << g.l1_shift() : run.limit) - run.end();
+            piece.length = (index < l1_entries() ? (index + 1) << g.l1_shift() : run.limit) - run.end();
             run.add(piece);
             continue;
         }
@@ -42,7 +43,10 @@ Extent Qcow2Node::to_extent(const MappingRun& run) {
     extent.must_copy = run.first.must_copy;
     extent.length = run.length;
     extent.offset = run.first.host;
-    if (extent.kind == Extent::Kind::kData) extent.node = &data();
+    if (extent.kind == Extent::Kind::kData) {
+        extent.node = &data();
+        extent.transform = cipher_ != nullptr;
+    }
     if (extent.kind == Extent::Kind::kEncoded) extent.cookie = run.first.bytes;
     return extent;
 }
@@ -66,12 +70,15 @@ Task<Result<Extent>> Qcow2Node::load_map(Request& rq, uint64_t offset, uint64_t 
     co_return to_extent(run);
 }
 
-/// Brings the slice of run.end() in and looks into it, or waits for somebody who is doing the former.
+/// Brings the slice of run.end() in and looks into it, or waits for somebody who is doing the former. The run may be as
+/// it was before: then somebody changed the slice meanwhile.
 Task<Result<>> Qcow2Node::extend_from_file(Request& rq, MappingRun& run) {
     const Geometry& g = geometry();
     const uint64_t slice = slice_of(run.end());
     const uint64_t l1_index = run.end() >> g.l1_shift();
+    const L2SliceCache::Ticket ticket = l2_cache_->ticket(slice);
     const uint64_t table = l2_table_offset(l1_entry(run.end()));
+    if (table == 0) co_return Result<>();
     if (g.offset_in_cluster(table) != 0) {
         co_return std::unexpected(
             corrupt(fmt::format("L2 table offset {:#x} unaligned (L1 index: {})", table, l1_index), std::nullopt,
@@ -99,14 +106,13 @@ Task<Result<>> Qcow2Node::extend_from_file(Request& rq, MappingRun& run) {
     const iovec iov = bytes.iov();
     Result<> read = co_await file().read(rq, at, IoVec(iov));
     slice_loads_.fetch_add(1, std::memory_order_relaxed);
-    if (read) {
-        l2_cache_->insert(slice, bytes.data());
+    if (!read) {
+        load->error = std::move(read).error().context(
+            fmt::format("node '{}': reading L2 table {} at {:#x}", name(), l1_index, at));
+    } else if (l2_cache_->insert(slice, bytes.data(), ticket)) {
         // From our own copy: the cache may have given the place away again.
         extend_in_slice(
             g, slice_shift_, [&](uint32_t index) { return load_be64(bytes.data() + size_t{index} * 8); }, run);
-    } else {
-        load->error = std::move(read).error().context(
-            fmt::format("node '{}': reading L2 table {} at {:#x}", name(), l1_index, at));
     }
     {
         const std::lock_guard lock(loads_mutex_);

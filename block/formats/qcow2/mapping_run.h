@@ -31,11 +31,10 @@ struct MappingRun {
             if (piece.damage != Damage::kNone) return;
         } else if (piece.damage != Damage::kNone || piece.kind != first.kind || piece.allocated != first.allocated ||
                    piece.kind == Extent::Kind::kEncoded ||
-                   (piece.kind == Extent::Kind::kData && piece.host != first.host + length)) {
+                   (piece.kind == Extent::Kind::kData &&
+                    (piece.host != first.host + length || piece.must_copy != first.must_copy))) {
             finished = true;
             return;
-        } else {
-            first.must_copy |= piece.must_copy;
         }
         length += std::min(piece.length, limit - end());
         if (end() == limit || --budget == 0) finished = true;

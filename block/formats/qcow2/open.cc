@@ -4,10 +4,13 @@
 
 #include "block/formats/image_reference.h"
 #include "block/formats/qcow2/be.h"
+#include "block/formats/qcow2/create.h"
+#include "block/formats/qcow2/encryption.h"
 #include "block/formats/qcow2/image_loader.h"
 #include "block/formats/qcow2/qcow2.h"
 #include "block/formats/qcow2/qcow2_node.h"
 #include "block/formats/qcow2/refusal.h"
+#include "block/formats/qcow2/write_options.h"
 #include "block/graph.h"
 #include "runtime/blocking_pool.h"
 #include "schema/schema.h"
@@ -31,24 +34,16 @@ std::string image_filename(const Node& file) {
     return name;
 }
 
-Result<> check_access(const OpenContext& ctx, const Header& h) {
+/// Whether the image becomes writable. Auto-read-only falls back only where the file below cannot be written.
+Result<bool> opens_writable(const OpenContext& ctx, const Node& file, const Image& image) {
     const NodeFlags& flags = ctx.flags();
-    if (flags.read_only || flags.auto_read_only) return {};
-    if (h.has_incompatible(kIncompatCorrupt)) {
-        return refuse(ErrorKind::kReadOnly, ctx.node_name(),
-                      "qcow2: Image is corrupt; cannot be opened read/write; open it with read-only=on",
-                      "incompatible_features at byte 72 are {:#x}", h.incompatible_features);
-    }
-    return refuse(ErrorKind::kReadOnly, ctx.node_name(), "Image is read-only; open it with read-only=on",
-                  "this build does not write {} images", "qcow2");
+    if (flags.read_only) return false;
+    if (flags.auto_read_only && (file.read_only() || image.opened_snapshot)) return false;
+    CHECK_OK(check_may_be_written(image, ctx.node_name()));
+    return true;
 }
 
 Result<> check_options(const schema::Options& o, const Header& h, std::string_view node) {
-    if (o.flag("lazy-refcounts") && h.version < 3) {
-        return refuse(ErrorKind::kInvalid, node,
-                      "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level",
-                      "the version at byte 4 is {}", h.version);
-    }
     if (o.has("data-file") && !h.has_incompatible(kIncompatDataFile)) {
         return refuse(ErrorKind::kInvalid, node, "'data-file' can only be set for images with an external data file",
                       "incompatible_features at byte 72 are {:#x}", h.incompatible_features);
@@ -149,8 +144,12 @@ Task<Result<std::shared_ptr<Node>>> open(OpenContext& ctx) {
     const schema::Options options = ctx.options();
     CO_TRY(Node * file, co_await ctx.open_child("file", ChildRole::kFile));
     CO_TRY(Image image, co_await load_image(*file, name, options.str("snapshot")));
-    CO_CHECK(check_access(ctx, image.header));
+    Qcow2Node::Setup setup;
+    CO_TRY(setup.writable, opens_writable(ctx, *file, image));
     CO_CHECK(check_options(options, image.header, name));
+    CO_TRY(setup.write, write_options(options, image.header, ctx.flags().discard, name));
+    CO_TRY(setup.cipher, co_await open_encryption(*file, image, options.raw(), ctx.graph().secrets(),
+                                                  ctx.graph().opens_locked, name));
     CO_TRY(image.caches, cache_sizes(options, image.geometry, image.disk_size, name));
 
     const std::string base = image_filename(*file);
@@ -165,7 +164,8 @@ Task<Result<std::shared_ptr<Node>>> open(OpenContext& ctx) {
     }
     if (image.geometry.external_data) CO_CHECK(co_await open_data_file(ctx, image, base));
     CO_CHECK(co_await open_backing(ctx, image));
-    CO_TRY(std::shared_ptr<Qcow2Node> node, Qcow2Node::create(name, ctx.flags(), std::move(image), ctx.graph()));
+    CO_TRY(std::shared_ptr<Qcow2Node> node,
+           Qcow2Node::create(name, ctx.flags(), std::move(image), std::move(setup), ctx.graph()));
     co_return std::shared_ptr<Node>(std::move(node));
 }
 
@@ -177,6 +177,10 @@ int probe(const uint8_t* head, size_t size, std::string_view filename) {
 
 }  // namespace qcow2
 
-const Driver kQcow2Driver = {.name = "qcow2", .open = qcow2::open, .reopen_options = {}, .probe = qcow2::probe};
+const Driver kQcow2Driver = {.name = "qcow2",
+                             .open = qcow2::open,
+                             .reopen_options = qcow2::kWriteOptionNames,
+                             .probe = qcow2::probe,
+                             .creator = &kQcow2Creator};
 
 }  // namespace gantry::block

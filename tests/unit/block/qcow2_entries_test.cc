@@ -119,8 +119,11 @@ TEST_CASE("qcow2: adjacent entries become one extent", "[qcow2][map]") {
     CHECK_FALSE(run.first.must_copy);
 
     run = run_of({kCopied | 0x50000, 0x60000, kCopied | 0x70000}, 0, 0x18000);
+    CHECK(run.length == 0x10000);  // what follows is shared: a write treats it otherwise
+    CHECK_FALSE(run.first.must_copy);
+
+    run = run_of({kCopied | 0x50000, kCopied | 0x60000}, 0, 0x18000);
     CHECK(run.length == 0x18000);  // no more than asked
-    CHECK(run.first.must_copy);    // a part is shared
 
     run = run_of({kReadsAsZero, kCopied | 0x50000 | kReadsAsZero, 0}, 0, 0x100000);
     CHECK(run.first.kind == Kind::kZero);

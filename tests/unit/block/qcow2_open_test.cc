@@ -167,19 +167,22 @@ TEST_CASE("qcow2: a zero flag in a version 2 image is damage", "[qcow2][malforme
           "node 'q': image is corrupt: Zero cluster entry 0x1 found in pre-v3 image (L2 offset: 0x800, L2 index: 1)");
 }
 
-TEST_CASE("qcow2: writing is refused, read-only and auto-read-only are not", "[qcow2][open]") {
+TEST_CASE("qcow2: an image is opened for writing unless it is corrupt or its file is read-only", "[qcow2][open]") {
     Qcow2Fixture f;
-    CHECK(f.open_memory(TinyImage(), {{"read-only", false}})
-              .starts_with("Image is read-only; open it with read-only=on"));
+    CHECK(f.open_memory(TinyImage(), {{"read-only", false}}) == "");
+    CHECK_FALSE(f.node->read_only());
     CHECK(f.open_memory(TinyImage(), {{"auto-read-only", true}}) == "");
-    CHECK(f.node->read_only());
+    CHECK_FALSE(f.node->read_only());
     CHECK(f.filled_with(0, 512) == 'a');
     for (const uint64_t bit : {1, 2}) {  // dirty, corrupt
-        CHECK(f.open_memory(TinyImage().incompatible(bit)) == "");
+        CHECK(f.open_memory(TinyImage().incompatible(bit), {{"read-only", true}}) == "");
+        CHECK(f.node->read_only());
         CHECK(f.filled_with(0, 512) == 'a');
     }
-    CHECK(f.open_memory(TinyImage().incompatible(2), {{"read-only", false}})
-              .starts_with("qcow2: Image is corrupt; cannot be opened read/write; open it with read-only=on"));
+    for (const char* option : {"read-only", "auto-read-only"}) {
+        CHECK(f.open_memory(TinyImage().incompatible(2), {{option, std::string_view(option) != "read-only"}})
+                  .starts_with("qcow2: Image is corrupt; cannot be opened read/write; open it with read-only=on"));
+    }
 }
 
 TEST_CASE("qcow2: what is refused at open names the node and leaves nothing behind", "[qcow2][open][malformed]") {
@@ -193,7 +196,7 @@ TEST_CASE("qcow2: what is refused at open names the node and leaves nothing behi
         CHECK(f.graph->nodes().empty());
     };
     refused(TinyImage().put32(0, 0), "Image is not in qcow2 format");
-    refused(TinyImage().put32(32, 1), "Encrypted images are not supported by this build");
+    refused(TinyImage().put32(32, 1), "Parameter 'encrypt.key-secret' is required for cipher");
     refused(TinyImage().incompatible(4), "'data-file' is required for this image");
     refused(TinyImage().snapshots(1, 4096), "Failed to read snapshot table");
     refused(TinyImage().snapshots(65536, 3072).put8(8191, 0), "Failed to read snapshot table");

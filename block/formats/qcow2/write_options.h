@@ -1,0 +1,24 @@
+// The runtime options that govern writing (spec/qcow2.md section 19): defaults, refusals. Pure.
+
+#pragma once
+
+#include <string_view>
+
+#include "block/formats/qcow2/header.h"
+#include "block/formats/qcow2/metadata.h"
+#include "schema/options.h"
+
+namespace gantry::block::qcow2 {
+
+/// The options that a reopen may change.
+inline constexpr std::string_view kWriteOptionNames[] = {"lazy-refcounts",        "pass-discard-request",
+                                                         "pass-discard-snapshot", "pass-discard-other",
+                                                         "discard-no-unref",      "overlap-check"};
+
+/// kInvalid: what version 2 does not have; nonsense in overlap-check.
+Result<WriteOptions> write_options(const schema::Options& options, const Header& header, DiscardMode discard,
+                                   std::string_view node);
+
+bool same_options(const WriteOptions& a, const WriteOptions& b);
+
+}  // namespace gantry::block::qcow2
