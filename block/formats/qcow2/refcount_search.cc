@@ -54,9 +54,11 @@ Refcounts::Room Refcounts::room_of(uint64_t index) const {
 bool Refcounts::skip_block(const RunSearch& search, uint64_t index) const {
     const Room here = room_[index];
     if (here.total == 0) return true;
-    if (here.total == Room::kUnknown || search.run.count + here.longest >= search.least) return false;
+    if (here.total == Room::kUnknown) return false;
+    const uint64_t reach = search.run.count + here.longest;
+    if (reach >= search.least) return false;
     const Room next = room_of(index + 1);
-    return next.longest < clusters_per_block() && here.longest + next.longest < search.least;
+    return next.longest < clusters_per_block() && reach + next.longest < search.least;
 }
 
 Task<Result<>> Refcounts::scan_block(RunSearch& search, uint64_t index, uint64_t begin, uint64_t end) {

@@ -32,6 +32,10 @@ Task<Result<>> Refcounts::write_back() {
     if (!dirty()) co_return Result<>();
     while (true) {
         CO_CHECK(co_await write_blocks());
+        if (move_ && move_->tried) {
+            CO_CHECK(co_await move_again());
+            continue;
+        }
         if (move_) {
             CO_CHECK(co_await switch_table());
         } else if (!unlinked_.empty()) {
@@ -94,6 +98,7 @@ Task<Result<>> Refcounts::switch_table() {
     std::array<uint8_t, 12> fields;
     store_be64(fields.data(), to.offset);
     store_be32(fields.data() + 8, static_cast<uint32_t>(to.clusters));
+    move_->tried = true;
     CO_CHECK(co_await file_.write(kTableFields, fields, "qcow2 header"));
     CO_CHECK(co_await file_.flush());
     header_.refcount_table_offset = to.offset;
@@ -101,6 +106,21 @@ Task<Result<>> Refcounts::switch_table() {
     old_tables_.push_back(std::exchange(table_place_, to));
     move_.reset();
     unlinked_.clear();
+    co_return Result<>();
+}
+
+/// After a failure nobody knows whether the header names the new table: what is there stays as it is until another one
+/// has taken its place.
+Task<Result<>> Refcounts::move_again() {
+    const uint64_t clusters = move_->clusters;
+    CO_TRY(const uint64_t first, co_await find_free(clusters, end_limit()));
+    CO_CHECK(check_unused({first, clusters}, "refcount table"));
+    // Blocks that this makes are named by the next table as all others.
+    CO_CHECK(co_await change(first, clusters, 1));
+    if (!move_->tried) co_return co_await change(first, clusters, -1);  // the table grew once more, to another place
+    old_tables_.push_back(*move_);
+    move_ = Move{first << header_.cluster_bits, clusters};
+    if (overlap_) overlap_->add(Structure::kRefcountTable, move_->offset, clusters * cluster_size());
     co_return Result<>();
 }
 

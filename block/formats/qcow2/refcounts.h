@@ -121,6 +121,7 @@ class Refcounts {
     struct Move {
         uint64_t offset = 0;
         uint64_t clusters = 0;
+        bool tried = false;  // the header may name it
     };
     struct RunSearch;
     struct Pinned;
@@ -143,6 +144,7 @@ class Refcounts {
     Task<Result<>> write_blocks();
     Task<Result<>> link_blocks();
     Task<Result<>> switch_table();
+    Task<Result<>> move_again();
     Task<void> free_old_tables();
     Result<> check_place(uint64_t offset, uint64_t bytes, bool table) const;
 
