@@ -1,7 +1,15 @@
 // block-dirty-bitmap-*.
 
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <array>
+
 #include "block/bitmap_control.h"
+#include "block/bitmap_serialise.h"
+#include "block/crypto/hash.h"
 #include "qmp/command.h"
+#include "runtime/buffer.h"
 
 namespace gantry::qmp {
 
@@ -50,6 +58,17 @@ Task<Result<json::value>> bitmap_merge(Services& services, json::object argument
     co_return done(block::merge_bitmaps(services.graph, target, sources));
 }
 
+/// Of whole 64-bit words, at least one, as the reference counts them.
+Task<Result<json::value>> bitmap_sha256(Services& services, json::object arguments) {
+    CO_TRY(const std::shared_ptr<block::DirtyBitmap> bitmap,
+           block::lookup_bitmap(services.graph, bitmap_ref(arguments)));
+    CO_TRY(Buffer bits, Buffer::try_alloc(std::max<uint64_t>(bitmap->word_count(), 1) * 8));
+    block::serialise_piece(*bitmap, 0, bits.span());
+    std::array<uint8_t, 32> digest;
+    block::crypto::digest(block::crypto::HashAlg::kSha256, {bits.span()}, digest);
+    co_return json::value(json::object{{"sha256", fmt::format("{:02x}", fmt::join(digest, ""))}});
+}
+
 constexpr HandlerRow kHandlers[] = {
     {"block-dirty-bitmap-add", bitmap_add},
     {"block-dirty-bitmap-remove", bitmap_remove},
@@ -57,6 +76,7 @@ constexpr HandlerRow kHandlers[] = {
     {"block-dirty-bitmap-enable", bitmap_recording<true>},
     {"block-dirty-bitmap-disable", bitmap_recording<false>},
     {"block-dirty-bitmap-merge", bitmap_merge},
+    {"x-debug-block-dirty-bitmap-sha256", bitmap_sha256},
 };
 
 }  // namespace

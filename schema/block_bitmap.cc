@@ -42,6 +42,10 @@ constexpr Member kMergeMembers[] = {
 constinit const Type kBlockDirtyBitmapMerge =
     struct_type("BlockDirtyBitmapMerge", "A union of dirty bitmaps.", kMergeMembers);
 
+constexpr Member kSha256Members[] = {required("sha256", kStr, "64 hexadecimal digits")};
+constinit const Type kBlockDirtyBitmapSha256 =
+    struct_type("BlockDirtyBitmapSha256", "The digest of a bitmap.", kSha256Members);
+
 constexpr Command kCommands[] = {
     {"block-dirty-bitmap-add", &kBlockDirtyBitmapAdd, nullptr, "Records from now on what is written to a node."},
     {"block-dirty-bitmap-remove", &kBlockDirtyBitmap, nullptr, "Forgets a dirty bitmap, in the image too."},
@@ -49,13 +53,13 @@ constexpr Command kCommands[] = {
     {"block-dirty-bitmap-enable", &kBlockDirtyBitmap, nullptr, "Goes on recording."},
     {"block-dirty-bitmap-disable", &kBlockDirtyBitmap, nullptr, "Stops recording; what is recorded stays."},
     {"block-dirty-bitmap-merge", &kBlockDirtyBitmapMerge, nullptr, "Adds what other bitmaps recorded, all or none."},
+    {"x-debug-block-dirty-bitmap-sha256", &kBlockDirtyBitmap, &kBlockDirtyBitmapSha256,
+     "The digest of a bitmap's bits, for tests."},
 };
 
 constexpr const Type* kTypes[] = {
-    &kBlockDirtyBitmap,
-    &kBlockDirtyBitmapAdd,
-    &kBlockDirtyBitmapOrStr,
-    &kBlockDirtyBitmapMerge,
+    &kBlockDirtyBitmap,      &kBlockDirtyBitmapAdd,    &kBlockDirtyBitmapOrStr,
+    &kBlockDirtyBitmapMerge, &kBlockDirtyBitmapSha256,
 };
 
 }  // namespace

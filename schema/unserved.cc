@@ -13,7 +13,6 @@ constexpr std::string_view kBlockJobs =
     "not in this build: there is no block job to steer; jobs have job-* and query-jobs";
 constexpr std::string_view kWriteFormats = "not in this build: creating and changing image formats is not built";
 constexpr std::string_view kSnapshots = "not in this build: snapshots and transactions are not built";
-constexpr std::string_view kBitmaps = "not in this build: dirty bitmaps are not built";
 constexpr std::string_view kNodes = "not in this build: it is not built";
 constexpr std::string_view kUseExportAdd = "not in this build: use block-export-add";
 constexpr std::string_view kUseExportDel = "not in this build: use block-export-del";
@@ -157,7 +156,6 @@ constexpr Absent kAbsentCommands[] = {
     {"x-blockdev-amend", kWriteFormats},
     {"x-blockdev-change", kNodes},
     {"x-blockdev-set-iothread", kNodes},
-    {"x-debug-block-dirty-bitmap-sha256", kBitmaps},
     {"x-debug-query-block-graph", kNodes},
     {"x-input-send-event", kMachine},
     {"xen-save-devices-state", kMachine},

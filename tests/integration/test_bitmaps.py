@@ -2,6 +2,7 @@
 """Dirty bitmaps: the commands with their exact texts, what is recorded, and bitmaps stored in qcow2 images, where the
 reference's tools must find what we stored and we what they stored."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -135,6 +136,16 @@ class Commands(BitmapCase):
         self.cmd("add", node="n", name="b")
         self.cmd("merge", node="n", target="b", bitmaps=[])
         self.assertEqual(self.bitmaps(self.q, "n")["b"]["count"], 0)
+
+    def test_digests(self):
+        gt.require("qemu-io")
+        digest = lambda: self.q.cmd("x-debug-block-dirty-bitmap-sha256", {"node": "n", "name": "b"})["sha256"]
+        path = self.start_nbd(self.q)
+        self.q.cmd("block-export-add", {"type": "nbd", "id": "e", "node-name": "n", "writable": True})
+        self.cmd("add", node="n", name="b")
+        self.assertEqual(digest(), hashlib.sha256(bytes(8)).hexdigest())
+        self.write(path, "n", "write 0 512", "write 960k 512")
+        self.assertEqual(digest(), hashlib.sha256(b"\x01\x80" + bytes(6)).hexdigest())
 
     def test_bitmaps_follow_the_size(self):
         raw = self.raw_image("a.raw", MIB)

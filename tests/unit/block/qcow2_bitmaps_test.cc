@@ -98,6 +98,12 @@ struct Fixture : Qcow2Fixture {
         Result<> removed = rt.run(block::remove_bitmap(*graph, {.node = "q", .name = std::move(name)}));
         return removed ? "" : removed.error().message();
     }
+    std::string reopen(bool read_only) {
+        std::vector<json::object> list;
+        list.push_back({{"driver", "qcow2"}, {"node-name", "q"}, {"read-only", read_only}, {"file", kFile}});
+        Result<> done = rt.run(graph->reopen(std::move(list)));
+        return done ? "" : done.error().message();
+    }
     void write(uint64_t offset, uint64_t bytes) {
         REQUIRE(rt.run_on_io(test::node_write(node, offset, test::Bytes(bytes, 'w'))));
     }
@@ -393,13 +399,7 @@ TEST_CASE("qcow2: a reopen to read-only and back keeps bitmaps and what the user
     REQUIRE(set_bitmap_recording(*f.graph, {"q", "b"}, false));
     CHECK(f.add_bitmap({.node = "q", .name = "new", .granularity = 512, .persistent = true}) == "");
     f.write(512 * 6, 600);
-    const auto reopen = [&](bool read_only) {
-        std::vector<json::object> list;
-        list.push_back({{"driver", "qcow2"}, {"node-name", "q"}, {"read-only", read_only}, {"file", kFile}});
-        Result<> done = f.rt.run(f.graph->reopen(std::move(list)));
-        return done ? std::string() : done.error().message();
-    };
-    REQUIRE(reopen(true) == "");
+    REQUIRE(f.reopen(true) == "");
     CHECK(f.state("a") == "enabled read-only");
     CHECK(f.state("b") == "read-only");
     {
@@ -408,7 +408,7 @@ TEST_CASE("qcow2: a reopen to read-only and back keeps bitmaps and what the user
         CHECK(copy[0].flags == BitmapEntry::kAuto);
         CHECK(copy[1].flags == 0);
     }
-    REQUIRE(reopen(false) == "");
+    REQUIRE(f.reopen(false) == "");
     CHECK(f.state("a") == "enabled recording ");
     CHECK(f.state("b") == "");
     CHECK((f.image().image().bitmaps.at(0).flags & BitmapEntry::kInUse) != 0);
@@ -418,6 +418,42 @@ TEST_CASE("qcow2: a reopen to read-only and back keeps bitmaps and what the user
     CHECK(f.bits("a") == (0xc5 | uint64_t{1} << 20));
     CHECK(f.bits("b") == 0x06);
     CHECK(f.bits("new") == (0xc0 | uint64_t{1} << 20));
+}
+
+TEST_CASE("qcow2: a reopen to read-only that cannot store leaves the bitmaps recording", "[qcow2][bitmaps]") {
+    Fixture f;
+    BitmapImage made;
+    made.add_data("a", BitmapEntry::kAuto, 0x05);
+    // With every number of changes that succeed before the first that does not.
+    for (int fails_at = 0;; fails_at++) {
+        REQUIRE(fails_at < 100);
+        REQUIRE(f.open_image(made.image(), true) == "");
+        f.write(512 * 6, 600);
+        auto disk = MemoryDisk::named("image");
+        auto changes = std::make_shared<std::atomic<int>>(0);
+        disk->set_fault([changes, fails_at](MemoryDisk::Op op, uint64_t, uint64_t) {
+            if (op == MemoryDisk::Op::kRead || op == MemoryDisk::Op::kFlush) return 0;
+            return changes->fetch_add(1) == fails_at ? EIO : 0;
+        });
+        const std::string refused = f.reopen(true);
+        disk->set_fault(nullptr);
+        INFO("fails at change " << fails_at);
+        if (refused.empty()) {
+            CHECK(f.state("a") == "enabled read-only");
+            if (*changes <= fails_at) break;
+            continue;
+        }
+        CHECK(f.state("a") == "enabled recording ");
+        CHECK_FALSE(f.node->read_only());
+        f.write(512 * 20, 1);
+        f.close();
+        REQUIRE(f.open_again(false) == "");
+        CHECK(f.bits("a") == (0xc5 | uint64_t{1} << 20));
+        if (f.has_tool("qemu-img")) {
+            const int checked = f.check(disk_bytes());
+            CHECK((checked == 0 || checked == 3));
+        }
+    }
 }
 
 TEST_CASE("qcow2: bitmaps over many clusters, some of them alike", "[qcow2][bitmaps]") {
