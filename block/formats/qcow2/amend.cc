@@ -1,11 +1,9 @@
 // Changes of an image's properties (spec/qcow2.md section 16).
 
-#include "block/crypto/luks.h"
-#include "block/crypto/secrets.h"
 #include "block/formats/qcow2/amend_steps.h"
+#include "block/formats/qcow2/encryption.h"
 #include "block/formats/qcow2/refusal.h"
 #include "block/graph.h"
-#include "schema/options.h"
 
 namespace gantry::block::qcow2 {
 
@@ -69,18 +67,9 @@ Task<Result<>> change_header(Qcow2Node& node, AmendChange change) {
 Task<Result<>> change_key_slots(Qcow2Node& node, Graph& graph, json::object options, bool force) {
     Operation op(node);
     CO_CHECK(co_await op.begin());
-    const CryptoExtension area = *op.image().extensions.crypto;
-    CO_TRY(crypto::LuksAmend change, crypto::luks_amend(options, graph.secrets()));
-    // The volume is opened with the secret the image was opened with, unless the change names another.
-    std::string secret = schema::Options(options).str("secret");
-    if (secret.empty()) {
-        const json::value* encrypt = node.options().if_contains("encrypt");
-        if (encrypt && encrypt->is_object()) secret = schema::Options(encrypt->get_object()).str("key-secret");
-    }
-    CO_TRY(crypto::SecretBytes passphrase, graph.secrets().lookup_text(secret));
-    const crypto::LuksArea place{.node = &node.file(), .offset = area.offset, .length = area.length};
-    CO_TRY(crypto::LuksVolume volume, co_await crypto::open_luks(place, std::move(passphrase)));
-    co_return co_await crypto::amend_luks(place, volume, std::move(change), force);
+    options["format"] = "luks";
+    co_return co_await amend_encryption(node.cipher(), op.image(), node.file(), std::move(options), graph.secrets(),
+                                        force, node.name());
 }
 
 }  // namespace

@@ -123,6 +123,8 @@ class Qcow2Node final : public FormatNode, public ImageOperations, private Metad
     const Image& image() const { return image_; }
     Image& mutable_image() { return image_; }
     const Geometry& geometry() const { return image_.geometry; }
+    /// Null unless the image is encrypted.
+    ClusterCipher* cipher() const { return cipher_.get(); }
     /// Null while the node is read-only.
     Metadata* metadata() const { return metadata_.get(); }
     ImageFile& image_file() { return image_file_; }
