@@ -42,6 +42,9 @@ Task<Result<>> Metadata::own_l2_table(uint64_t l1_index) {
         bool log_full = false;
         Result<> made = co_await make_table(l1_index, log_full);
         if (!made) {
+            if (made.error().kind() == ErrorKind::kCorrupt) {
+                co_return std::unexpected(co_await corrupt(made.error().message(), 0));
+            }
             if (made.error().kind() != ErrorKind::kNoSpace || std::exchange(emptied, true)) co_return made;
             CO_CHECK(co_await flush());  // places that wait to be free again may be all there is
         } else if (log_full) {
@@ -90,13 +93,6 @@ Task<Result<uint64_t>> Metadata::take_table() {
         HostRun run = *row;
         next_spare_tables_ = std::min(next_spare_tables_ * 2, most);
         const uint64_t bytes = run.clusters * cluster_size();
-        const StructureSet others = overlap_.touched(run.offset, bytes);
-        if (others != 0) {
-            co_return std::unexpected(
-                co_await host_.corrupt_on_write(fmt::format("Preventing invalid write on metadata (overlaps with {})",
-                                                            structure_name(first_of(others))),
-                                                run.offset, bytes));
-        }
         // No entry may name what lies beyond the end of the file, whatever a power cut leaves of it.
         const uint64_t end = run.offset + bytes;
         uint64_t from = run.offset;

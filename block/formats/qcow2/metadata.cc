@@ -168,6 +168,10 @@ Task<Result<HostRun>> Metadata::allocate(uint64_t clusters, uint64_t near) {
             if (refilled) run = allocator_.take(clusters, near);
         }
         if (refilled) continue;
+        // Free by its count, but known to hold metadata: the counts are wrong.
+        if (refilled.error().kind() == ErrorKind::kCorrupt) {
+            co_return std::unexpected(co_await corrupt(refilled.error().message(), 0));
+        }
         if (refilled.error().kind() != ErrorKind::kNoSpace || emptied) {
             co_return std::unexpected(std::move(refilled).error());
         }
@@ -175,17 +179,7 @@ Task<Result<HostRun>> Metadata::allocate(uint64_t clusters, uint64_t near) {
         emptied = true;
         CO_CHECK(co_await flush());
     }
-    co_return co_await checked(run);
-}
-
-Task<Result<HostRun>> Metadata::checked(HostRun run) {
-    const uint64_t bytes = run.clusters * cluster_size();
-    const StructureSet others = overlap_.touched(run.offset, bytes);
-    if (others == 0) [[likely]]
-        co_return run;
-    co_return std::unexpected(co_await host_.corrupt_on_write(
-        fmt::format("Preventing invalid write on metadata (overlaps with {})", structure_name(first_of(others))),
-        run.offset, bytes));
+    co_return run;
 }
 
 void Metadata::free_later(uint64_t offset, uint64_t bytes, FreedBy by) {

@@ -158,8 +158,6 @@ class Metadata {
     void unmark_active_tables();
     Task<Result<>> mark_snapshots();
     Task<Result<>> mark_inactive_tables(uint64_t l1_offset, uint64_t entries);
-    /// A run from the allocator that turns out to lie on metadata: its count was wrong.
-    Task<Result<HostRun>> checked(HostRun run);
     void add_freed(Freed freed);
     bool many_freed() const;
     bool has_freed() const;

@@ -24,15 +24,15 @@ namespace gantry::test {
 /// A protocol node outside any graph. One loop.
 class RecordingFile : public block::Node {
   public:
-    enum class Kind : uint8_t { kRead, kWrite, kFlush };
+    enum class Kind : uint8_t { kRead, kWrite, kFlush, kDiscard };
     struct Op {
         Kind kind;
         uint64_t offset = 0;
-        std::vector<uint8_t> data;  // of a write
+        std::vector<uint8_t> data;  // of a write; zeroes of a discard
     };
 
-    explicit RecordingFile(std::vector<uint8_t> contents, bool growable = true)
-        : Node("recording", "file0", {}), bytes(std::move(contents)) {
+    explicit RecordingFile(std::vector<uint8_t> contents, bool growable = true, block::NodeFlags flags = {})
+        : Node("recording", "file0", flags), bytes(std::move(contents)) {
         limits_.can_grow_by_write = growable;
         set_size(bytes.size());
     }
@@ -59,6 +59,33 @@ class RecordingFile : public block::Node {
         if (fault && fault(Kind::kFlush)) co_return fail_errno(ENOSPC, "injected flush error");
         ops.push_back({Kind::kFlush, 0, {}});
         co_return Result<>();
+    }
+
+    Task<Result<>> do_discard(block::Request&, uint64_t offset, uint64_t length) override {
+        ops.push_back({Kind::kDiscard, offset, std::vector<uint8_t>(length)});
+        co_return Result<>();
+    }
+
+    /// What is on the disk after a cut when ops [0, end) had begun: everything before the last flush, and of the rest
+    /// some sectors. `base`: what it was before the first.
+    std::vector<uint8_t> after_cut(std::vector<uint8_t> disk, size_t end, std::mt19937& random) const {
+        size_t stable = end;
+        while (stable > 0 && ops[stable - 1].kind != Kind::kFlush) stable--;
+        for (size_t i = 0; i < end; i++) {
+            const Op& op = ops[i];
+            if (op.kind == Kind::kFlush) continue;
+            for (uint64_t pos = op.offset, stop = op.offset + op.data.size(); pos < stop;) {
+                const uint64_t next = std::min(stop, (pos / 512 + 1) * 512);
+                if (i < stable || random() % 2) {
+                    if (disk.size() < next) disk.resize(next);
+                    std::copy(op.data.begin() + static_cast<ptrdiff_t>(pos - op.offset),
+                              op.data.begin() + static_cast<ptrdiff_t>(next - op.offset),
+                              disk.begin() + static_cast<ptrdiff_t>(pos));
+                }
+                pos = next;
+            }
+        }
+        return disk;
     }
 
     std::vector<uint8_t> bytes;
@@ -158,27 +185,8 @@ struct AllocRig {
         }
         return {};
     }
-    /// What is on the disk after a cut when ops [0, end) had begun: everything before the last flush, and of the rest
-    /// some sectors.
     std::vector<uint8_t> after_cut(size_t end, std::mt19937& random) const {
-        std::vector<uint8_t> disk = base;
-        size_t stable = end;
-        while (stable > 0 && node->ops[stable - 1].kind != RecordingFile::Kind::kFlush) stable--;
-        for (size_t i = 0; i < end; i++) {
-            const auto& op = node->ops[i];
-            if (op.kind != RecordingFile::Kind::kWrite) continue;
-            for (uint64_t pos = op.offset, stop = op.offset + op.data.size(); pos < stop;) {
-                const uint64_t next = std::min(stop, (pos / 512 + 1) * 512);
-                if (i < stable || random() % 2) {
-                    if (disk.size() < next) disk.resize(next);
-                    std::copy(op.data.begin() + static_cast<ptrdiff_t>(pos - op.offset),
-                              op.data.begin() + static_cast<ptrdiff_t>(next - op.offset),
-                              disk.begin() + static_cast<ptrdiff_t>(pos));
-                }
-                pos = next;
-            }
-        }
-        return disk;
+        return node->after_cut(base, end, random);
     }
 
     uint64_t cluster;
