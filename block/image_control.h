@@ -37,8 +37,11 @@ Task<Result<>> delete_snapshot(Graph& graph, Node& node, std::string id, std::st
 Task<Result<>> amend_image(Graph& graph, Node& node, json::object options, bool force, Progress progress = {});
 Task<Result<>> change_backing_file(Graph& graph, Node& node, std::string file, std::string format);
 Task<Result<>> compact_image(Graph& graph, Node& node, Progress progress = {});
-/// Copies every range that `top` allocates into its backing node, flushes that, then empties `top`. Offline: nobody
-/// else uses either. Errors leave `top` as it was.
-Task<Result<>> commit_image(Graph& graph, Node& top, Progress progress = {});
+/// Copies every range that `top` allocates into its backing node, flushes that, then, with `empty_top`, empties `top`.
+/// Offline: nobody else uses either. Errors leave `top` as it was.
+Task<Result<>> commit_image(Graph& graph, Node& top, bool empty_top, Progress progress = {});
+
+/// ImageCheck of the QMP schema.
+json::object to_json(const ImageCheck& check, std::string filename, std::string format);
 
 }  // namespace gantry::block
