@@ -6,8 +6,7 @@
 
 namespace gantry::block {
 
-/// Reads everything a version 2 or 3 image can hold, encrypted payload excepted. Cannot write yet: opening for writing
-/// is refused unless read-only or auto-read-only is set.
+/// Reads and writes everything a version 2 or 3 image can hold.
 extern const Driver kQcow2Driver;
 
 }  // namespace gantry::block
