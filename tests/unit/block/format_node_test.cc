@@ -296,6 +296,40 @@ TEST_CASE("format node: many writers of one unallocated block allocate it once",
     CHECK(f.check() == "");
 }
 
+TEST_CASE("format node: parts of one read that lie apart are read at the same time", "[block][format]") {
+    FormatFixture f;
+    Bytes expected;
+    for (uint64_t i = 12; i > 0; i--) {  // against the order of the disk: no two are neighbours
+        const Bytes block = pattern(kBlock, static_cast<uint8_t>(i));
+        f.write((i - 1) * kBlock, block);
+        expected = joined({block, expected});
+    }
+    const auto one_read = [](FormatFixture* fixture, Result<Bytes>* result) -> Task<void> {
+        *result = co_await node_read(fixture->img, 0, 12 * kBlock);
+    };
+    const auto at_once = [](FormatFixture* fixture, Task<void> read) -> Task<void> {
+        TaskScope scope;
+        fixture->disk->close_gate();
+        scope.spawn(std::move(read));
+        CHECK(co_await wait_until([fixture] { return fixture->disk->at_gate() == 8; }));  // no more than that
+        fixture->disk->open_gate();
+        co_await scope.join();
+    };
+    Result<Bytes> result;
+    f.run(at_once(&f, one_read(&f, &result)));
+    REQUIRE(result);
+    CHECK(*result == expected);
+
+    // One that fails fails the whole, after the others have ended.
+    const uint64_t bad = f.status(5 * kBlock, 1).host_offset;
+    f.disk->set_fault([bad](MemoryDisk::Op op, uint64_t offset, uint64_t) {
+        return op == MemoryDisk::Op::kRead && offset == bad ? EIO : 0;
+    });
+    f.run(at_once(&f, one_read(&f, &result)));
+    REQUIRE_FALSE(result);
+    CHECK(result.error().kind() == ErrorKind::kIo);
+}
+
 TEST_CASE("format node: a failed write changes nothing and gives its place back", "[block][format][errors]") {
     const bool through = GENERATE(false, true);
     FormatFixture f(1 << 20, 0, through ? ",'write-through':true" : "", 1 << 20);
