@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "block/crypto/secrets.h"
 #include "block/formats/qcow2/qcow2.h"
 #include "block/formats/raw.h"
 #include "block/graph.h"
@@ -80,11 +81,17 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     e.disk->resize(size);
     if (size != 0) e.disk->write(0, data, size);
     block::Graph graph(*e.runtime, e.drivers, nullptr);
+    graph.opens_locked = true;  // unlocking is bounded, but not by milliseconds
+    const json::object secret{{"qom-type", "secret"}, {"id", "s"}, {"data", "key"}};
+    (void)e.runtime->main_loop().run_until_complete(graph.secrets().add(secret));
     const json::object file{{"driver", "memory"}, {"disk", "image"}};
-    for (const char* snapshot : {"", "1"}) {
-        json::object options{{"driver", "qcow2"}, {"node-name", "q"}, {"read-only", true}, {"file", file}};
-        if (*snapshot) options["snapshot"] = snapshot;
-        e.runtime->main_loop().run_until_complete(open_and_use(graph, std::move(options)));
+    const json::object plain{{"driver", "qcow2"}, {"node-name", "q"}, {"read-only", true}, {"file", file}};
+    json::object snapshot = plain;
+    snapshot["snapshot"] = "1";
+    json::object legacy = plain;
+    legacy["encrypt"] = json::object{{"format", "aes"}, {"key-secret", "s"}};
+    for (const json::object& options : {plain, snapshot, legacy}) {
+        e.runtime->main_loop().run_until_complete(open_and_use(graph, options));
     }
     e.runtime->main_loop().run_until_complete(graph.close_all());
     return 0;
