@@ -14,6 +14,7 @@
 namespace gantry::block {
 
 class Graph;
+struct Creator;
 
 /// What a driver's open function gets. Main loop; the graph lock is held. When open fails, everything it opened is
 /// closed again.
@@ -71,6 +72,8 @@ struct Driver {
     /// 0..100: how sure the driver is that the first `size` bytes are of its format (0: no format, or never probed).
     int (*probe)(const uint8_t* head, size_t size, std::string_view filename) = nullptr;
     bool is_protocol = false;  // leaf; opened from a filename
+    /// How images of this kind are made (block/create.h); null: they are not.
+    const Creator* creator = nullptr;
 };
 
 }  // namespace gantry::block

@@ -21,15 +21,19 @@ constexpr Member kSnapshotMembers[] = {
     required("vm-clock-nsec", kInt, "the fraction of that second"),
     optional("icount", kInt, "", "instructions the machine had executed"),
 };
+}  // namespace
 constinit const Type kSnapshotInfo = struct_type("SnapshotInfo", "An internal snapshot.", kSnapshotMembers);
+namespace {
 constinit const Type kSnapshotInfoList = array_of(kSnapshotInfo);
 
 constexpr EnumValue kCompressionValues[] = {
     {"zlib", "deflate"},
     {"zstd", "Zstandard"},
 };
-constinit const Type kCompressionType =
+}  // namespace
+constinit const Type kQcow2CompressionType =
     enum_type("Qcow2CompressionType", "How clusters are compressed.", kCompressionValues);
+namespace {
 
 constexpr EnumValue kBitmapFlagValues[] = {
     {"in-use", "not saved cleanly: its contents cannot be trusted"},
@@ -55,7 +59,7 @@ constexpr Member kQcow2InfoMembers[] = {
     required("refcount-bits", kInt, "width of a refcount"),
     optional("encrypt", kQcow2EncryptionInfo, "", "how the image is encrypted"),
     optional("bitmaps", kBitmapInfoList, "", "bitmaps stored in the image"),
-    required("compression-type", kCompressionType, "how clusters are compressed"),
+    required("compression-type", kQcow2CompressionType, "how clusters are compressed"),
 };
 constinit const Type kQcow2Info =
     struct_type("ImageInfoSpecificQCow2", "What is particular to a qcow2 image.", kQcow2InfoMembers);
@@ -254,10 +258,11 @@ constinit const Type kBlockStatsList = array_of(kBlockStats);
 
 namespace {
 constexpr const Type* kTypes[] = {
-    &kSnapshotInfo,    &kCompressionType,   &kBitmapFlag,    &kBitmapInfo, &kQcow2Info,
-    &kSpecificKind,    &kImageInfoSpecific, &kImageInfo,     &kCacheInfo,  &kBlockDirtyInfo,
-    &kBlockDeviceInfo, &kIoStatus,          &kBlockInfo,     &kTimedStats, &kHistogram,
-    &kDeviceStats,     &kFileStats,         &kSpecificStats, &kBlockStats,
+    &kSnapshotInfo, &kQcow2CompressionType, &kBitmapFlag,        &kBitmapInfo,
+    &kQcow2Info,    &kSpecificKind,         &kImageInfoSpecific, &kImageInfo,
+    &kCacheInfo,    &kBlockDirtyInfo,       &kBlockDeviceInfo,   &kIoStatus,
+    &kBlockInfo,    &kTimedStats,           &kHistogram,         &kDeviceStats,
+    &kFileStats,    &kSpecificStats,        &kBlockStats,
 };
 }  // namespace
 

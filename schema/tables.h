@@ -18,6 +18,7 @@ extern const Module kSocketsModule;
 extern const Module kBlockCoreModule;
 extern const Module kBlockInfoModule;
 extern const Module kBlockBitmapModule;
+extern const Module kBlockCreateModule;
 extern const Module kBlockExportModule;
 extern const Module kJobModule;
 extern const Module kCryptoModule;
@@ -56,6 +57,7 @@ extern const Type kBlockdevDriver;
 extern const Type kBlockdevDetectZeroesOptions;
 
 // block_info.cc
+extern const Type kQcow2CompressionType;
 extern const Type kBlockDeviceInfoList;
 extern const Type kBlockInfoList;
 extern const Type kBlockStatsList;

@@ -52,7 +52,6 @@ constexpr Absent kAbsentCommands[] = {
     {"blockdev-backup", kCopyJobs},
     {"blockdev-change-medium", kMedia},
     {"blockdev-close-tray", kMedia},
-    {"blockdev-create", kWriteFormats},
     {"blockdev-insert-medium", kMedia},
     {"blockdev-mirror", kCopyJobs},
     {"blockdev-open-tray", kMedia},

@@ -4,6 +4,8 @@
 #include <limits>
 #include <optional>
 
+#include "block/protocols/file_create.h"
+
 namespace gantry::block {
 
 namespace {
@@ -131,6 +133,7 @@ constexpr std::string_view kReopenOptions[] = {"offset", "size"};
 
 }  // namespace
 
-constinit const Driver kRawDriver{.name = "raw", .open = open_raw, .reopen_options = kReopenOptions};
+constinit const Driver kRawDriver{
+    .name = "raw", .open = open_raw, .reopen_options = kReopenOptions, .creator = &kRawCreator};
 
 }  // namespace gantry::block

@@ -8,6 +8,7 @@
 #include <chrono>
 
 #include "block/align.h"
+#include "block/protocols/file_create.h"
 #include "block/protocols/host_device.h"
 #include "runtime/blocking_pool.h"
 #include "runtime/log.h"
@@ -54,8 +55,11 @@ Task<Result<std::shared_ptr<Node>>> open_host_device_driver(OpenContext& ctx) {
 
 }  // namespace
 
-constinit const Driver kFileDriver = {
-    .name = "file", .open = open_file_driver, .reopen_options = kReopenOptions, .is_protocol = true};
+constinit const Driver kFileDriver = {.name = "file",
+                                      .open = open_file_driver,
+                                      .reopen_options = kReopenOptions,
+                                      .is_protocol = true,
+                                      .creator = &kFileCreator};
 constinit const Driver kHostDeviceDriver = {
     .name = "host_device", .open = open_host_device_driver, .reopen_options = kReopenOptions, .is_protocol = true};
 

@@ -51,9 +51,11 @@ inline Task<int> try_read_channel(block::Channel* channel, uint64_t offset, uint
 }
 
 struct Qcow2Fixture {
-    Qcow2Fixture()
-        : drivers{block::kFileDriver, block::kRawDriver, kMemoryDriver, block::kQcow2Driver},
-          graph(std::make_unique<block::Graph>(*rt.runtime, drivers, &observer)) {}
+    explicit Qcow2Fixture(const std::vector<block::Driver>& extra = {})
+        : drivers{block::kFileDriver, block::kRawDriver, kMemoryDriver, block::kQcow2Driver} {
+        drivers.insert(drivers.end(), extra.begin(), extra.end());
+        graph = std::make_unique<block::Graph>(*rt.runtime, drivers, &observer);
+    }
     ~Qcow2Fixture() {
         close();
         rt.run(graph->close_all());
