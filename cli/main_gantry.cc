@@ -15,6 +15,7 @@ struct Subcommand {
 
 constexpr Subcommand kSubcommands[] = {
     {"serve", gantry::cli::serve_command, "serve an image over NBD until interrupted"},
+    {"image", gantry::cli::image_command, "make, check and change images"},
     {"status", gantry::cli::status_command, "show what the running daemons export"},
     {"qmp", gantry::cli::qmp_command, "send a QMP command to a running daemon"},
 };

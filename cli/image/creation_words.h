@@ -1,0 +1,13 @@
+// Creation options as they stand on a command line.
+
+#pragma once
+
+#include "block/create.h"
+#include "cli/image/image_tool.h"
+
+namespace gantry::cli::image {
+
+/// From every -o, and -b and -F as backing_file and backing_fmt; nested keys (encrypt.format) in dots.
+Result<block::CreationWords> creation_words(const Words& words);
+
+}  // namespace gantry::cli::image
