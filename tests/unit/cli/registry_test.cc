@@ -1,8 +1,10 @@
 #include "cli/registry.h"
 
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <set>
 
+#include "block/create.h"
 #include "cli/qmp_client.h"
 #include "schema/schema.h"
 #include "schema/unserved.h"
@@ -22,6 +24,19 @@ TEST_CASE("registry: the schema serves what the tables hold, and nothing else", 
     for (const exports::ExportType& type : cli::export_types()) {
         CHECK(schema::has_value(schema::type("BlockExportType"), type.name));
         CHECK_FALSE(schema::unserved_export(type.name));
+    }
+}
+
+TEST_CASE("registry: every image that can be made has its options, and the reverse", "[cli]") {
+    const schema::Type& options = schema::type("BlockdevCreateOptions");
+    for (const block::Driver& driver : cli::drivers()) {
+        INFO(driver.name);
+        const auto variant = std::ranges::find(options.variants, driver.name, &schema::Variant::value);
+        const bool described = variant != options.variants.end() && variant->type;
+        CHECK(described == (driver.creator && driver.creator->create));
+        if (driver.creator && (driver.creator->create_file || driver.creator->measure)) {
+            CHECK_FALSE(driver.creator->words().empty());
+        }
     }
 }
 
