@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <charconv>
 
 #include "block/formats/image_reference.h"
@@ -151,6 +152,9 @@ Result<> ImageTool::set_up() {
     DaemonSettings settings;
     settings.runtime.io_loops = 0;
     TRY(daemon_, Daemon::create(std::move(settings)));
+    // Metadata is all these look at and change: an encrypted image needs no passphrase for them.
+    constexpr std::string_view kMetadataOnly[] = {"info", "map", "check", "snapshot"};
+    graph().opens_locked = std::ranges::find(kMetadataOnly, usage_.name) != std::end(kMetadataOnly);
     for (const OptionUse& option : words_.options) {
         if (option.name == "object") CHECK_OK(daemon_->apply(option));
     }

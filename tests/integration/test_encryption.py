@@ -219,6 +219,94 @@ class Writing(Encrypted):
         self.write_and_compare({n: (self.create(f"{n}.q", SHAPES[n]), "luks") for n in SHAPES if n != "meta"}, 40)  # what lies under metadata alone is noise
 
 
+class Creating(Encrypted):
+    def setUp(self):
+        super().setUp()
+        self.running = self.daemon("--object", SECRET)
+        self.qmp = self.running.qmp
+
+    def job(self, path, encrypt, **options):
+        """blockdev-create of an image over the file `path`; "" or the job's error."""
+        with open(path, "wb"):
+            pass
+        self.qmp.cmd("blockdev-add", {"driver": "file", "node-name": "f", "filename": path})
+        try:
+            self.qmp.cmd("blockdev-create", {"job-id": "j", "options": {"driver": "qcow2", "file": "f", "size": SIZE // 512 * 512,
+                                                                          "encrypt": encrypt, **options}})
+            self.qmp.event("JOB_STATUS_CHANGE", id="j", status="concluded")
+            error = self.qmp.cmd("query-jobs")[0].get("error", "")
+            self.qmp.cmd("job-dismiss", id="j")
+            return error
+        finally:
+            self.qmp.cmd("blockdev-del", node_name="f")
+
+    def test_what_we_make_others_open(self):
+        require_gantry("the reference measures its own speed for seconds")
+        shapes = [{}, {"cluster-size": 512}, {"cluster-size": 2 << 20}, {"version": "v2"}, {"extended-l2": True},
+                  {"preallocation": "metadata"}, {"preallocation": "full"}]
+        for number, (name, words) in enumerate(LUKS.items()):
+            options = shapes[number % len(shapes)]
+            with self.subTest(name, options=options):
+                path = self.path(f"{name}.q")
+                encrypt = {"format": "luks", "key-secret": "s", "iter-time": 20, **dict(word.split("=") for word in words.split(","))}
+                self.assertEqual(self.job(path, encrypt, **options), "")
+                self.run_tool("qemu-img", "check", "-q", "--object", SECRET, "--image-opts", self.opts(path))
+                done = self.io(path, "read -P 0 0 3M", "write -P 9 100k 300k", "read -P 9 100k 300k", "read -P 0 1M 1M")
+                self.assertNotIn("verification failed", done.stdout)
+                daemon_view = self.path("view.raw")
+                self.qmp.cmd("blockdev-add", self.node("n", path))
+                if number == 0:
+                    self.sock = self.start_nbd(self.qmp)
+                self.qmp.cmd("block-export-add", {"type": "nbd", "id": "e", "node-name": "n", "name": "n"})
+                self.run_tool("qemu-img", "convert", "-f", "raw", "-O", "raw", self.uri(self.sock, "n"), daemon_view)
+                self.assertEqual(checksum(daemon_view), checksum(self.expected(path)))
+                self.qmp.cmd("block-export-del", id="e")
+                self.qmp.event("BLOCK_EXPORT_DELETED", id="e")
+                self.qmp.cmd("blockdev-del", node_name="n")
+
+    def test_refusals(self):
+        path = self.path("i.q")
+        rows = [
+            ({"format": "luks"}, "Parameter 'encrypt.key-secret' is required for cipher"),
+            ({"format": "luks", "key-secret": "none"}, "No secret with id 'none'"),
+            ({"format": "luks", "key-secret": "s", "cipher-alg": "cast5-128"}, "Unsupported cipher mode xts"),
+            ({"format": "luks", "key-secret": "s", "ivgen-alg": "essiv", "ivgen-hash-alg": "sha1"}, "No AES cipher with key size 20 available"),
+        ]
+        for encrypt, text in rows:
+            with self.subTest(text):
+                error = self.job(path, encrypt)
+                self.assertTrue(error.startswith(text), error)
+        if IS_GANTRY:
+            self.assertIn("not secure", self.job(path, {"format": "qcow", "key-secret": "s"}))
+
+    def test_tool(self):
+        require_gantry("our own tool")
+        path = self.path("i.q")
+        self.run_tool(gantry_test.GANTRY, "image", "create", "-f", "qcow2", "--object", SECRET,
+                      "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=20", path, "4M")
+        self.io(path, "write -P 5 0 1M", "read -P 5 0 1M")
+        self.run_tool("qemu-img", "check", "-q", "--object", SECRET, "--image-opts", self.opts(path))
+        # What only looks at metadata needs no passphrase.
+        ours = json.loads(self.run_tool(gantry_test.GANTRY, "image", "info", "--json", path).stdout)
+        theirs = json.loads(self.run_tool("qemu-img", "info", "--output=json", path).stdout)
+        self.assertEqual(ours["format-specific"]["data"]["encrypt"], theirs["format-specific"]["data"]["encrypt"])
+        self.assertIn("encrypted: true", self.run_tool(gantry_test.GANTRY, "image", "info", path).stdout)
+        self.run_tool(gantry_test.GANTRY, "image", "check", path)
+        self.run_tool(gantry_test.GANTRY, "image", "map", path)
+        # Key slots by the tool; the reference opens with what was put in and not with what was taken out.
+        amend = [gantry_test.GANTRY, "image", "amend", "--object", SECRET, "--object", "secret,id=n,data=a new one", "--image-opts", "-o"]
+        opts = self.opts(path) + ",file.driver=file"
+        self.run_tool(*amend, "encrypt.state=active,encrypt.new-secret=n,encrypt.iter-time=20", opts)
+        self.io(path, "read -P 5 0 1M", secret="secret,id=s,data=a new one")
+        self.run_tool(*amend, "encrypt.state=inactive,encrypt.old-secret=s", opts)
+        self.io(path, "read -P 5 0 1M", secret="secret,id=s,data=a new one")
+        self.assertIn("Invalid password, cannot unlock any keyslot", self.io(path, "read 0 512", check=False).stderr)
+        done = self.run_tool(*amend, "encrypt.state=inactive,encrypt.old-secret=n",
+                             opts.replace("key-secret=s", "key-secret=n"), check=False)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("All the active keyslots match the (old) password", done.stderr)
+
+
 class Refusals(Encrypted):
     def test_texts(self):
         luks, legacy = self.create("luks.q"), self.create("legacy.q", kind="aes")
