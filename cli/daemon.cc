@@ -10,6 +10,7 @@
 #include <filesystem>
 
 #include "block/jobs/job.h"
+#include "cli/mapping_logs.h"
 #include "cli/qmp_client.h"
 #include "cli/registry.h"
 #include "qmp/command.h"
@@ -117,6 +118,13 @@ Task<Result<>> Daemon::apply_task(OptionUse option) {
     }
     if (option.name == "image-references") {
         allow_image_references(option.value);
+        co_return Result<>();
+    }
+    if (option.name == "mapping-logs") {
+        CO_CHECK(check_mapping_log_directory(option.value));
+        graph_.mapping_log_source = [directory = option.value](const std::string& node_name) {
+            return open_mapping_log(directory, node_name);
+        };
         co_return Result<>();
     }
     CHECK(option.name == "control-socket", "every option is handled");

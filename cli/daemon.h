@@ -35,8 +35,8 @@ class Daemon {
     static Result<std::unique_ptr<Daemon>> create(DaemonSettings settings);
     ~Daemon();
 
-    /// One of --object, --blockdev, --chardev, --monitor, --nbd-server, --export, --image-references, --control-socket,
-    /// by name.
+    /// One of --object, --blockdev, --chardev, --monitor, --nbd-server, --export, --image-references, --mapping-logs,
+    /// --control-socket, by name.
     Result<> apply(const OptionUse& option);
     /// Runs a QMP command on the daemon itself.
     Result<json::value> execute(std::string command, json::object arguments);

@@ -30,6 +30,9 @@ constexpr OptionSpec kOptions[] = {
     {"image-references", 0, true, "all|none|DIRECTORY",
      "which files images may name as their backing or data files from here on: all (default), none, or those in this "
      "directory (may be repeated)"},
+    {"mapping-logs", 0, true, "DIRECTORY",
+     "keep what written images have acknowledged but not stored in memory files here (on tmpfs), so that a killed "
+     "daemon's successor loses nothing"},
     {"daemonize", 0, false, "", "go to the background when everything is up"},
     {"pidfile", 0, true, "PATH", "write the process id to a locked file"},
     {"io-backend", 0, true, "auto|io_uring|epoll", "how to do I/O (default: auto)"},

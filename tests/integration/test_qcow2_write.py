@@ -6,8 +6,9 @@ import json
 import os
 import pathlib
 import random
-import signal
+import shutil
 import sys
+import tempfile
 import threading
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
@@ -211,12 +212,13 @@ class Qcow2Write(Case):
 
     # -- kill -9
 
-    def killed_round(self, path, base, seed, size):
+    def killed_round(self, path, base, seed, size, *more):
+        """With a mapping log (`more`) what was acknowledged is certain, not only what was flushed."""
         nbd = libnbd()
         rng = random.Random(seed)
         flushed = bytearray(base)  # what is certain
         pending = []               # (offset, bytes) acknowledged or on the way since
-        daemon, sock = self.serve([self.node("n", path)])
+        daemon, sock = self.serve([self.node("n", path)], *more)
         handle = nbd.NBD()
         handle.connect_uri(self.uri(sock, "n"))
         timer = threading.Timer(0.05 + rng.random() * 0.3, daemon.kill)
@@ -228,7 +230,10 @@ class Qcow2Write(Case):
                 data = bytes([rng.randrange(1, 256)]) * length
                 pending.append((at, data))
                 handle.pwrite(data, at)
-                if rng.randrange(6) == 0:
+                if more:
+                    flushed[at : at + length] = data
+                    pending = []
+                elif rng.randrange(6) == 0:
                     count = len(pending)
                     handle.flush()
                     for where, what in pending[:count]:
@@ -240,7 +245,7 @@ class Qcow2Write(Case):
         if "lazy" not in path:  # there the dirty bit says that counts are to be made anew
             checked = self.run_tool("qemu-img", "check", path, check=False)
             self.assertIn(checked.returncode, (0, 3), f"{checked.stdout}{checked.stderr}")
-        daemon, sock = self.serve([self.node("n", path)])
+        daemon, sock = self.serve([self.node("n", path)], *more)
         handle = nbd.NBD()
         handle.connect_uri(self.uri(sock, "n"))
         now = bytearray()
@@ -271,6 +276,24 @@ class Qcow2Write(Case):
             for seed in range(3):
                 with self.subTest(name=name, seed=seed):
                     contents = self.killed_round(path, contents, seed, size)
+
+    def test_kill_9_keeps_what_was_acknowledged_with_a_mapping_log(self):
+        libnbd()
+        logs = tempfile.mkdtemp(prefix="gt-", dir="/dev/shm")
+        self.addCleanup(shutil.rmtree, logs, ignore_errors=True)
+        shapes = {"plain": "", "c4k": "cluster_size=4k", "sub": "extended_l2=on", "c512": "cluster_size=512"}
+        size = SIZE // 512 * 512
+        for name, options in shapes.items():
+            path = self.create(f"log-{name}.qcow2", options)
+            contents = bytes(size)
+            for seed in range(3):
+                with self.subTest(name=name, seed=seed):
+                    contents = self.killed_round(path, contents, seed, size, "--mapping-logs", logs)
+
+    def test_mapping_logs_must_be_in_memory(self):
+        failed = self.run_daemon("--mapping-logs", "/usr")
+        self.assertEqual(1, failed.returncode)
+        self.assertIn("is not in memory", failed.stderr)
 
 
 if __name__ == "__main__":
