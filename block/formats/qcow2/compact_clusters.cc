@@ -109,10 +109,11 @@ Task<Result<>> Compaction::carry_out(What what) {
         CO_CHECK(co_await op_.refcounts().change(move.from, 1, -static_cast<int64_t>(move.count)));
         used_[move.from] = false;
         if (what != What::kTables) continue;
-        // The active ones are marked anew at the end.
-        if (overlap.touched(bytes(move.from), 1) & bit_of(Structure::kInactiveL2)) {
-            overlap.remove(Structure::kInactiveL2, bytes(move.from), 1);
-            overlap.add(Structure::kInactiveL2, bytes(move.to), 1);
+        // At once, because the place left is free for what is allocated next.
+        for (const Structure s : {Structure::kActiveL2, Structure::kInactiveL2}) {
+            if (!(overlap.touched(bytes(move.from), 1) & bit_of(s))) continue;
+            overlap.remove(s, bytes(move.from), 1);
+            overlap.add(s, bytes(move.to), 1);
         }
     }
     const size_t moved = moves_.size();
