@@ -13,11 +13,15 @@ namespace gantry::block::qcow2 {
 namespace {
 
 /// Memory for the bitmaps of one image: a directory of a few pages must not make us take terabytes.
-constexpr uint64_t kMaxLoadedBytes = uint64_t{2} << 30;
+constexpr uint64_t kMaxLoadedBytes = uint64_t{1} << 30;
 
-/// Bytes of the bitmap itself; less than the clusters that hold them.
-uint64_t loaded_bytes(const BitmapEntry& entry, uint64_t disk_size) {
-    return (disk_size >> entry.granularity_bits) / 8;
+bool believed(const Image& image, const BitmapEntry& entry) {
+    return image.bitmaps_trusted && entry.consistent(image.geometry, image.disk_size);
+}
+
+/// Memory it will take.
+uint64_t loaded_bytes(const Image& image, const BitmapEntry& entry) {
+    return believed(image, entry) ? (image.disk_size >> entry.granularity_bits) / 8 : 0;
 }
 
 /// Reads what `table` says into `bitmap`, which is clean. kCorrupt: data lies beyond the end of the file.
@@ -96,7 +100,7 @@ Task<Result<>> mark_in_use(Qcow2Node& node) {
 Task<Result<std::shared_ptr<DirtyBitmap>>> load_one(Qcow2Node& node, const BitmapEntry& entry) {
     const Image& image = node.image();
     std::shared_ptr<DirtyBitmap> none;
-    if (!image.bitmaps_trusted || !entry.consistent(image.geometry, image.disk_size)) co_return none;
+    if (!believed(image, entry)) co_return none;
     auto read = co_await read_bitmap(node.image_file(), entry, image.disk_size, image.geometry);
     if (read) co_return std::move(*read);
     if (read.error().kind() != ErrorKind::kCorrupt) {
@@ -118,7 +122,7 @@ Task<Result<>> Qcow2Node::load_bitmaps(bool writable) {
     uint64_t bytes = 0;
     const std::vector<BitmapEntry> entries = image_.bitmaps;
     for (const BitmapEntry& entry : entries) {
-        bytes += loaded_bytes(entry, image_.disk_size);
+        bytes += loaded_bytes(image_, entry);
         if (bytes > kMaxLoadedBytes) {
             co_return fail(ErrorKind::kTooLarge,
                            "The persistent bitmaps of node '{}' need more than {} MiB of memory; remove some with "

@@ -196,6 +196,22 @@ TEST_CASE("qcow2: bitmaps are loaded read-only with a read-only image, which doe
     CHECK(disk_bytes() == before);
 }
 
+TEST_CASE("qcow2: bitmaps that would take too much memory are refused before they take it", "[qcow2][bitmaps]") {
+    if (!Qcow2Fixture::has_tool("qemu-img")) {
+        WARN("skipped: qemu-img is not installed");
+        return;
+    }
+    Fixture f;
+    const std::string path = f.dir.path() + "/a.qcow2";
+    f.sh("qemu-img create -q -f qcow2 -o cluster_size=2M " + path + " 2T");
+    // 512 MiB each.
+    for (const std::string name : {"a", "b", "c"}) f.sh("qemu-img bitmap --add -g 512 " + path + " " + name);
+    CHECK_THAT(f.open_file(path), Catch::StartsWith("The persistent bitmaps of node 'q' need more than 1024 MiB"));
+    f.sh("qemu-img bitmap --remove " + path + " a");
+    CHECK(f.open_file(path) == "");
+    CHECK(f.node->bitmaps().size() == 2);
+}
+
 TEST_CASE("qcow2: bitmaps are not believed when somebody wrote who does not know them", "[qcow2][bitmaps]") {
     Fixture f;
     BitmapImage made;
