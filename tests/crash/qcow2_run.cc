@@ -7,6 +7,7 @@
 #include <iterator>
 
 #include "block/bitmap.h"
+#include "block/crypto/secrets.h"
 #include "block/image_control.h"
 #include "tests/support/node_io.h"
 
@@ -56,6 +57,9 @@ const char* loss_name(JournalDisk::Loss loss) {
 Qcow2Run::Qcow2Run(CrashConfig config, uint64_t seed)
     : GraphFixture(nullptr, {block::kQcow2Driver, kJournalDriver}), config_(std::move(config)), random_(seed) {
     const std::string path = dir_.file("image.qcow2");
+    if (!config_.secret.empty()) {
+        require(run(graph->secrets().add({{"qom-type", "secret"}, {"id", "s0"}, {"data", config_.secret}})), "secret");
+    }
     std::string create = "qemu-img create -q -f qcow2 ";
     if (!config_.secret.empty()) create += "--object secret,id=s0,data=" + config_.secret + " ";
     std::string options = config_.create;

@@ -267,17 +267,6 @@ class Qcow2Read(Case):
         self.assertFalse(event["data"]["fatal"])
         self.assertIn("0x50200", event["data"]["msg"])
 
-    def test_writers_are_refused(self):
-        require_gantry("others can write qcow2 images")
-        image = self.create("i.qcow2", busy=False)
-        daemon = self.daemon()
-        node = self.node("q", image)
-        del node["read-only"]
-        _, desc = daemon.qmp.error("blockdev-add", node)
-        self.assertTrue(desc.startswith("Image is read-only"), desc)
-        self.assertIn("read-only=on", desc)
-        daemon.qmp.cmd("blockdev-add", {**node, "auto-read-only": True})
-
     def test_image_naming_itself(self):
         image = self.create("i.qcow2", busy=False)
         self.run_tool("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", "i.qcow2", image)

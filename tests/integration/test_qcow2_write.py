@@ -184,7 +184,7 @@ class Qcow2Write(Case):
         with open(path, "rb") as file:
             before = file.read()
         daemon, sock = self.serve([])
-        qmp = daemon.connect()
+        qmp = daemon.monitor()
         qmp.cmd("blockdev-add", self.node("q", path, **{"read-only": True}))
         qmp.cmd("blockdev-del", **{"node-name": "q"})
         daemon.stop()
@@ -194,7 +194,7 @@ class Qcow2Write(Case):
     def test_reopening_read_only_and_back(self):
         path = self.create("turn.qcow2", "")
         daemon = self.daemon()
-        qmp = daemon.connect()
+        qmp = daemon.monitor()
         node = self.node("n", path)
         qmp.cmd("blockdev-add", node)
         sock = self.start_nbd(qmp)

@@ -75,6 +75,8 @@ class Recipes(gt.Case):
         known = self.run_daemon("--help").stdout
         for command in ("serve", "status", "qmp"):
             known += subprocess.run([gt.GANTRY, command, "--help"], capture_output=True, text=True, check=True).stdout
+        for command in ("create", "info", "check", "map", "resize", "snapshot", "amend", "measure", "compact", "commit", "rebase"):
+            known += subprocess.run([gt.GANTRY, "image", command, "--help"], capture_output=True, text=True, check=True).stdout
         for page in PAGES:
             for block in re.findall(r"^```sh.*?^```$", page.read_text(), re.M | re.S):
                 for line in block.replace("\\\n", " ").splitlines():
