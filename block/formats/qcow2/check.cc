@@ -165,10 +165,6 @@ Task<Result<ImageCheck>> check_metadata(ImageFile& file, Image& image, CheckRepa
 
 Task<Result<uint64_t>> reclaim_leaks(ImageFile& file, Image& image) {
     CO_TRY(const ImageCheck check, co_await check_metadata(file, image, CheckRepair::kLeaks, {}));
-    if (check.leaks_fixed > 0) {
-        log::info("node '{}': the image was not closed; {} leaked clusters were given back", file.node_name(),
-                  check.leaks_fixed);
-    }
     if (check.corruptions > 0 || check.check_errors > 0) {
         log::error("node '{}': the image has {} corruptions and {} errors; the first: {}; check it with a repair",
                    file.node_name(), check.corruptions, check.check_errors,

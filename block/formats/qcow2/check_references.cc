@@ -160,8 +160,27 @@ struct SnapshotScan {
     bool whole = false;
 };
 
+/// Appends an entry with the extra data that version 3 asks for.
+void append_snapshot(const CheckRun& run, const uint8_t* entry, uint32_t extra, uint32_t names,
+                     std::vector<uint8_t>& to) {
+    const size_t begin = to.size();
+    if (extra >= 16) {
+        to.insert(to.end(), entry, entry + 40 + extra + names);
+    } else {
+        to.insert(to.end(), entry, entry + 40);
+        to.resize(begin + 56);
+        store_be32(&to[begin + 36], 16);
+        store_be64(&to[begin + 40], extra >= 8 ? load_be64(entry + 40) : load_be32(entry + 32));
+        store_be64(&to[begin + 48], run.image.header.size);  // what its absence meant
+        to.insert(to.end(), entry + 40 + extra, entry + 40 + extra + names);
+    }
+    to.resize((to.size() + 7) & ~size_t{7});
+}
+
 SnapshotScan scan_snapshots(CheckRun& run, std::span<const uint8_t> table, Roots& roots) {
     std::map<std::pair<uint64_t, uint64_t>, uint64_t> places;
+    std::vector<uint8_t> mended;
+    bool incomplete = false;
     uint64_t at = 0;
     for (uint32_t i = 0; i < run.image.header.nb_snapshots; i++) {
         if (at > table.size() || table.size() - at < 40) return {};
@@ -171,7 +190,10 @@ SnapshotScan scan_snapshots(CheckRun& run, std::span<const uint8_t> table, Roots
         if (extra > kMaxSnapshotExtraBytes || table.size() - at < bytes) return {};
         ++places[{load_be64(p), load_be32(p + 8)}];
         at += (bytes + 7) & ~uint64_t{7};
+        if (run.fix)
+            append_snapshot(run, p, static_cast<uint32_t>(extra), static_cast<uint32_t>(id_bytes + name_bytes), mended);
         if (run.image.header.version >= 3 && extra < 16) {
+            incomplete = true;
             run.corruption(1, "ERROR snapshot table entry {} is incomplete: {} bytes of extra data, 16 are needed", i,
                            extra);
         }
@@ -192,6 +214,10 @@ SnapshotScan scan_snapshots(CheckRun& run, std::span<const uint8_t> table, Roots
             roots.tables.push_back({.place = {offset, entries * 8}, .active = false, .times = times});
         }
     }
+    if (run.fix && incomplete) {
+        run.mended_snapshots = std::move(mended);
+        run.rebuild = true;
+    }
     return {at, true};
 }
 
@@ -211,6 +237,7 @@ Task<Result<>> take_snapshots(CheckRun& run, Roots& roots) {
         const SnapshotScan scan = scan_snapshots(run, table.span(), roots);
         if (scan.whole) {
             run.count(h.snapshots_offset, scan.bytes);
+            run.snapshot_bytes = scan.bytes;
             roots.fixed.push_back({h.snapshots_offset, scan.bytes});
             co_return Result<>();
         }

@@ -73,6 +73,10 @@ struct CheckRun {
     std::vector<uint64_t> rounded;
     std::unordered_set<uint64_t> adopted;
 
+    /// The snapshot table: its length in the file, and what it should be when entries are incomplete (else empty).
+    uint64_t snapshot_bytes = 0;
+    std::vector<uint8_t> mended_snapshots;
+
     /// Mends as it goes.
     bool fix = false;
     uint64_t mended = 0;  // changes written
@@ -131,7 +135,8 @@ Task<Result<>> compare_counts(CheckRun& run, CountChange change, bool keep_store
 /// COPIED flags of the active tables against run.counts, which are those stored.
 Task<Result<>> check_flags(CheckRun& run);
 
-/// New refcount blocks and table for run.counts behind the end of the file; the header then names them. Flushed.
+/// New refcount blocks and table for run.counts, and run.mended_snapshots, behind the end of the file; the header then
+/// names them all in one write. Flushed.
 Task<Result<>> rebuild_refcounts(CheckRun& run);
 
 // ---- Parts of count_references ----

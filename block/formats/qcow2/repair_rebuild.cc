@@ -13,14 +13,16 @@ namespace gantry::block::qcow2 {
 
 namespace {
 
-/// Where the new structures go: blocks, then the table, behind everything that is in use or in the file.
+/// Where the new structures go: blocks, the table, the snapshot table, behind everything that is in use or in the file.
 struct Plan {
     uint64_t base = 0;  // first cluster
     uint64_t table_clusters = 0;
-    std::vector<uint64_t> indexes;  // of the blocks that are not all zero
+    uint64_t snapshot_clusters = 0;  // 0: that table stays where it is
+    std::vector<uint64_t> indexes;   // of the blocks that are not all zero
 
     uint64_t table_at() const { return base + indexes.size(); }
-    uint64_t end() const { return table_at() + table_clusters; }
+    uint64_t snapshots_at() const { return table_at() + table_clusters; }
+    uint64_t end() const { return snapshots_at() + snapshot_clusters; }
 };
 
 /// The old structures are no references any more.
@@ -34,6 +36,8 @@ void forget_old(CheckRun& run) {
     if (!run.outside(h.refcount_table_offset, bytes)) {
         for (uint64_t i = 0; i < h.refcount_table_clusters; i++) drop(run.cluster_of(h.refcount_table_offset) + i);
     }
+    for (uint64_t at = 0; !run.mended_snapshots.empty() && at < run.snapshot_bytes; at += run.cluster_size())
+        drop(run.cluster_of(h.snapshots_offset + at));
     for (const BlockRef& block : run.blocks) {
         if (block.counted) drop(run.cluster_of(block.offset));
     }
@@ -42,6 +46,7 @@ void forget_old(CheckRun& run) {
 Result<Plan> plan_places(const CheckRun& run, uint64_t per_block) {
     Plan plan;
     plan.base = std::max(run.file_clusters, run.counts.end());
+    plan.snapshot_clusters = (run.mended_snapshots.size() + run.cluster_size() - 1) >> run.g.cluster_bits;
     std::vector<uint64_t> used;
     for (uint64_t first = 0; first < plan.base; first += per_block) {
         if (run.counts.any(first, per_block)) used.push_back(first / per_block);
@@ -51,8 +56,8 @@ Result<Plan> plan_places(const CheckRun& run, uint64_t per_block) {
     for (;;) {
         const uint64_t table_clusters = ((plan.indexes.back() + 1) * 8 + run.cluster_size() - 1) >> run.g.cluster_bits;
         std::vector<uint64_t> indexes = used;
-        const uint64_t first = plan.base / per_block,
-                       last = (plan.base + plan.indexes.size() + table_clusters - 1) / per_block;
+        const uint64_t end = plan.base + plan.indexes.size() + table_clusters + plan.snapshot_clusters;
+        const uint64_t first = plan.base / per_block, last = (end - 1) / per_block;
         for (uint64_t i = first; i <= last; i++) {
             if (indexes.back() != i) indexes.push_back(i);
         }
@@ -103,18 +108,30 @@ Task<Result<>> rebuild_refcounts(CheckRun& run) {
     CO_TRY(const Plan plan, plan_places(run, per_block));
     CO_CHECK(co_await write_blocks(run, plan, per_block));
     CO_CHECK(co_await write_table(run, plan));
+    CO_CHECK(
+        co_await run.file.write(plan.snapshots_at() << run.g.cluster_bits, run.mended_snapshots, "snapshot table"));
     CO_CHECK(co_await run.file.flush());
 
-    const uint64_t table = plan.table_at() << run.g.cluster_bits;
-    uint8_t fields[12];  // refcount_table_offset and refcount_table_clusters
-    store_be64(fields, table);
-    store_be32(fields + 8, static_cast<uint32_t>(plan.table_clusters));
+    Header header = h;
+    header.refcount_table_offset = plan.table_at() << run.g.cluster_bits;
+    header.refcount_table_clusters = static_cast<uint32_t>(plan.table_clusters);
+    if (plan.snapshot_clusters > 0) header.snapshots_offset = plan.snapshots_at() << run.g.cluster_bits;
+    uint8_t fields[24];  // refcount table and snapshot table lie side by side in the header
+    store_be64(fields, header.refcount_table_offset);
+    store_be32(fields + 8, header.refcount_table_clusters);
+    store_be32(fields + 12, header.nb_snapshots);
+    store_be64(fields + 16, header.snapshots_offset);
     CO_CHECK(co_await run.file.write(48, fields, "header"));
     CO_CHECK(co_await run.file.flush());
-    h.refcount_table_offset = table;
-    h.refcount_table_clusters = static_cast<uint32_t>(plan.table_clusters);
+    h = header;
+    if (plan.snapshot_clusters > 0) {
+        for (Snapshot& snapshot : run.image.snapshots) {
+            if (!snapshot.disk_size) snapshot.disk_size = h.size;
+        }
+    }
     run.mended++;
-    log::warn("node '{}': the refcounts of the image were made anew at {:#x}", run.file.node_name(), table);
+    log::warn("node '{}': the refcounts of the image were made anew at {:#x}", run.file.node_name(),
+              h.refcount_table_offset);
     co_return Result<>();
 }
 

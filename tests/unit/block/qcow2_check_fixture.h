@@ -113,8 +113,12 @@ struct CheckFixture {
 
     Result<block::ImageCheck> try_check(const std::string& name, block::CheckRepair repair,
                                         block::Progress progress = {}) {
-        json::object file{{"driver", "file"}, {"filename", path(name)}, {"node-name", "image"}};
+        json::object file{{"driver", "file"}, {"filename", path(name)}};
         if (repair == block::CheckRepair::kNone) file["read-only"] = true;
+        return check_node(std::move(file), repair, std::move(progress));
+    }
+    Result<block::ImageCheck> check_node(json::object file, block::CheckRepair repair, block::Progress progress) {
+        file["node-name"] = "image";
         auto node = rt.run(graph->add(std::move(file)));
         if (!node) throw std::runtime_error(node.error().message());
         block::RootOptions user;

@@ -5,6 +5,7 @@
 #include <map>
 #include <random>
 
+#include "tests/support/power_cut.h"
 #include "tests/unit/block/qcow2_check_fixture.h"
 
 using namespace gantry;
@@ -206,6 +207,35 @@ TEST_CASE("qcow2 repair: snapshots survive", "[qcow2][repair][interop]") {
     CHECK(f.reference("b1").clean());
 }
 
+TEST_CASE("qcow2 repair: incomplete snapshot entries are completed", "[qcow2][repair][interop]") {
+    if (!CheckFixture::has_tool("qemu-img")) SKIP_TEST("no qemu-img");
+    CheckFixture f;
+    f.create("a", "", "8M");
+    f.io("a", {"write -P 1 0 1M"});
+    CheckFixture::sh("qemu-img snapshot -c one " + f.path("a"));
+    CheckFixture::sh("qemu-img snapshot -c two " + f.path("a"));
+    // The first entry loses its extra data; the second one moves up.
+    ImageBytes image(f.path("a"));
+    const uint64_t table = image.word(64), extra = image.half(table + 36);
+    const uint64_t names = image.get16(table + 12) + image.get16(table + 14);
+    const auto at = [&image](uint64_t offset) { return image.bytes.begin() + static_cast<int64_t>(offset); };
+    image.bytes.resize(std::max<uint64_t>(image.bytes.size(), table + 65536));
+    const uint64_t first = (40 + extra + names + 7) & ~7u, shorter = (40 + names + 7) & ~7u;
+    std::copy(at(table + 40 + extra), at(table + 40 + extra + names), at(table + 40));
+    std::copy(at(table + first), at(table + first + 200), at(table + shorter));
+    image.put(table + 32, image.word(table + 32) & 0xffffffff00000000);
+    image.save(f.path("b"));
+    CHECK(f.check("b").corruptions == 1);
+    CHECK(f.check("b", CheckRepair::kAll).clean());
+    INFO(f.said());
+    CHECK(f.reference("b").clean());
+    CHECK((disk_of(f, "b") == disk_of(f, "a")));
+    CheckFixture::sh("qemu-img snapshot -d one " + f.path("b"));
+    CheckFixture::sh("qemu-img snapshot -a two " + f.path("b"));
+    CHECK((disk_of(f, "b") == disk_of(f, "a")));
+    CHECK(f.reference("b").clean());
+}
+
 TEST_CASE("qcow2 repair: an undamaged image is not written to", "[qcow2][repair]") {
     if (!CheckFixture::has_tool("qemu-img")) SKIP_TEST("no qemu-img");
     CheckFixture f;
@@ -241,6 +271,57 @@ TEST_CASE("qcow2 repair: counts beyond the end of the file are leaks too", "[qco
     CHECK(n.leaks_fixed == 10);
     CHECK(n.clean());
     CHECK((ImageBytes(f.path("b")).bytes == ImageBytes(f.path("a")).bytes));
+}
+
+TEST_CASE("qcow2 repair: cut off anywhere, it can be done again", "[qcow2][repair][crash]") {
+    if (!CheckFixture::has_tool("qemu-img")) SKIP_TEST("no qemu-img");
+    const std::map<std::string, Damage> kinds{
+        {"counts and flags",
+         [](ImageBytes& i) {
+             i.put16(i.count_at(data_cluster(i) >> 12), 3);
+             i.put16(i.count_at(data_cluster(i, 1) >> 12), 0);
+             i.put(i.l2() + 16, i.word(i.l2() + 16) & ~i.kCopied);
+             i.put(i.l2() + 24, i.word(i.l2() + 24) | 4);
+         }},
+        {"a refcount block is gone", [](ImageBytes& i) { i.put(i.refcount_table(), 0); }},
+        {"the refcount table is lost", [](ImageBytes& i) { i.put(48, i.l2()); }},
+        {"a stray pointer to a table", [](ImageBytes& i) { i.put(i.l1(), i.l1_entry(0) + 512); }},
+    };
+    CheckFixture f;
+    f.drivers.push_back(kJournalDriver);
+    f.graph = std::make_unique<block::Graph>(*f.rt.runtime, f.drivers, nullptr);
+    f.create("a", "cluster_size=4k", "2M");
+    f.io("a", {"write -P 1 0 300k", "write -P 2 1M 100k"});
+    CheckFixture::sh("qemu-img snapshot -c one " + f.path("a"));
+    f.io("a", {"write -P 4 10k 50k"});
+    const std::vector<uint8_t> expected = disk_of(f, "a");
+    std::mt19937_64 random(3);
+    for (const auto& [what, damage] : kinds) {
+        ImageBytes image(f.path("a"));
+        damage(image);
+        StampClock clock;
+        auto disk = std::make_shared<JournalDisk>(clock, image.bytes);
+        JournalDisk::publish("image", disk);
+        const Result<block::ImageCheck> repaired =
+            f.check_node({{"driver", "journal"}, {"disk", "image"}}, CheckRepair::kAll, {});
+        JournalDisk::forget("image");
+        REQUIRE(repaired);
+        CHECK(repaired->corruptions + repaired->leaks == 0);
+        CHECK(repaired->corruptions_fixed > 0);
+        for (const Stamp moment : disk->moments()) {
+            for (const auto loss : {JournalDisk::Loss::kAll, JournalDisk::Loss::kTorn}) {
+                INFO(what << ", cut at " << moment << (loss == JournalDisk::Loss::kAll ? ", all lost" : ", torn"));
+                ImageBytes left(f.path("a"));
+                left.bytes = disk->after_cut(moment, loss, random);
+                left.save(f.path("b"));
+                const CheckNumbers again = f.check("b", CheckRepair::kAll);
+                INFO(f.said());
+                CHECK(again.clean());
+                CHECK(f.reference("b").clean());
+                CHECK((disk_of(f, "b") == expected));
+            }
+        }
+    }
 }
 
 TEST_CASE("qcow2 repair: random damage never defeats it", "[qcow2][repair][slow]") {
