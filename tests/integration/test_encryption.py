@@ -171,6 +171,14 @@ class Writing(Encrypted):
             raise
         daemon.stop()
 
+    def create(self, name, options="", kind="luks", **more):
+        """Images of our own, which are made faster."""
+        if not IS_GANTRY or kind != "luks":
+            return super().create(name, options, kind=kind, **more)
+        words = f"encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=20,{options}"
+        self.run_tool(gantry_test.GANTRY, "image", "create", "-f", "qcow2", "--object", SECRET, "-o", words, self.path(name), SIZE)
+        return self.path(name)
+
     def write_and_compare(self, images, rounds=60):
         """Random requests through the daemon against a plain file; then the reference reads the image."""
         nbd = gantry_test.libnbd()
@@ -211,7 +219,7 @@ class Writing(Encrypted):
                     self.assertEqual(file.read().find(bytes(models[name][at : at + 64])), -1)
 
     def test_ciphers(self):
-        names = ("default", "aes128", "serpent", "cast5")
+        names = LUKS if IS_GANTRY else ("default", "cast5")
         images = {n: (self.create(f"{n}.q", ",".join("encrypt." + o for o in LUKS[n].split(","))), "luks") for n in names}
         self.write_and_compare({**images, "legacy": (self.create("legacy.q", kind="aes"), "aes")})
 
@@ -361,7 +369,7 @@ class Refusals(Encrypted):
             ("material", 248, bytes(4), "Keyslot 0 is overlapping with the LUKS header"),
             ("stripes", 252, b"\x7f" * 4, "Keyslot 0 is corrupted (stripes 2139062143 != 4000)"),
             ("overlap", 256 + 40, b"\0\0\0\x09", "Keyslots 0 and 1 are overlapping in the header"),
-            ("digest", 112, b"xxx", "Invalid password, cannot unlock any keyslot"),
+            ("digest", 112, b"abc", "Invalid password, cannot unlock any keyslot"),
             ("no slot", 208, b"\0\0\xde\xad", "Invalid password, cannot unlock any keyslot"),
         ]
         if IS_GANTRY:
