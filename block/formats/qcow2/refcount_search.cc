@@ -72,7 +72,9 @@ Task<Result<>> Refcounts::scan_block(RunSearch& search, uint64_t index, uint64_t
         if (free != pos) search.used();
         if (search.done) co_return Result<>();
         if (free == end - start) break;
-        pos = find_nonzero_count(bytes, order, free, end - start);
+        // What ends the search need not be looked at to its end.
+        const uint64_t enough = search.avoid.count == 0 ? search.most - search.run.count : kNothing;
+        pos = find_nonzero_count(bytes, order, free, free + std::min(end - start - free, enough));
         search.free(start + free, start + pos);
         if (search.done) co_return Result<>();
         total += pos - free;
@@ -90,6 +92,12 @@ Task<Result<ClusterRun>> Refcounts::find_run(uint64_t from, uint64_t before, uin
     const bool moves_hint = from <= hint_;
     const uint64_t per_block = clusters_per_block();
     for (uint64_t pos = std::max({from, hint_, uint64_t{1}}); pos < before && !search.done;) {
+        if (pos >= avoid.first && pos < avoid.end()) {
+            search.first_free = std::min(search.first_free, pos);
+            search.used();
+            pos = avoid.end();
+            continue;
+        }
         const uint64_t index = index_of(pos);
         const uint64_t end = index >= table_.size() ? before : std::min(before, (index + 1) * per_block);
         if (absent(index)) {

@@ -137,7 +137,7 @@ Task<Result<Refcounts::Block*>> Refcounts::block(uint64_t index) {
     }
     const uint64_t place = table_[index];
     if (bad_[index] || place >= file_.size()) co_return std::unexpected(bad_block(index));
-    CO_CHECK(co_await make_room());
+    CO_CHECK(co_await make_room(1));
     Block fresh;
     fresh.bytes = Buffer::alloc(cluster_size());
     CO_CHECK(co_await file_.read(place, fresh.bytes.span(), "refcount block"));
@@ -145,9 +145,9 @@ Task<Result<Refcounts::Block*>> Refcounts::block(uint64_t index) {
     co_return &blocks_.emplace(index, std::move(fresh)).first->second;
 }
 
-/// One more block fits into the cache afterwards, unless those that must stay fill it.
-Task<Result<>> Refcounts::make_room() {
-    while (blocks_.size() >= cache_blocks_) {
+/// `more` blocks fit into the cache afterwards, unless those that must stay fill it.
+Task<Result<>> Refcounts::make_room(uint64_t more) {
+    while (blocks_.size() + more > cache_blocks_) {
         auto oldest = blocks_.end();
         bool dirty = false;
         for (auto i = blocks_.begin(); i != blocks_.end(); ++i) {
@@ -241,7 +241,7 @@ Task<Result<>> Refcounts::change_window(ClusterRun part, int64_t delta, ClusterR
     const uint32_t order = header_.refcount_order;
     const uint64_t first = index_of(part.first);
     const uint64_t last = index_of(part.end() - 1);
-    CO_CHECK(co_await make_room());
+    CO_CHECK(co_await make_room(0));  // what a change before this one has left
     Pinned pinned(*this, first, last);
     if (delta > 0) CO_CHECK(co_await make_blocks(first, last, whole));
     for (uint64_t i = first; i <= last; i++) {

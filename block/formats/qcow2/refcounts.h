@@ -133,7 +133,7 @@ class Refcounts {
     // refcounts.cc
     Task<Result<Block*>> block(uint64_t index);
     Error bad_block(uint64_t index) const;
-    Task<Result<>> make_room();
+    Task<Result<>> make_room(uint64_t more);
     Result<> check_range(uint64_t first, uint64_t count, int64_t delta) const;
     Task<Result<>> change_window(ClusterRun part, int64_t delta, ClusterRun whole);
     /// `from`, `to`: counts of the block.
