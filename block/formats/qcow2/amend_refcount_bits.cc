@@ -40,8 +40,13 @@ class Rewrite {
           most_(max_refcount(order)),
           progress_(std::move(progress)) {}
 
-    Task<Result<>> run() {
+    /// Nothing is done when the new structures would not end before cluster `limit`.
+    Task<Result<>> run(uint64_t limit) {
         CO_CHECK(co_await place());
+        if ((layout_.offset >> cluster_bits()) + layout_.clusters >= limit) {
+            co_await op_.give_back();
+            co_return Result<>();
+        }
         CO_CHECK(co_await write());
         CO_CHECK(co_await switch_header());
         co_return co_await op_.refcounts().reload();
@@ -179,7 +184,18 @@ class Rewrite {
 
 Task<Result<>> rewrite_refcounts(Operation& op, uint32_t refcount_order, Progress progress) {
     Rewrite rewrite(op, refcount_order, std::move(progress));
-    co_return co_await rewrite.run();
+    co_return co_await rewrite.run(UINT64_MAX);
+}
+
+Task<Result<>> lower_refcounts(Operation& op) {
+    CO_TRY(const uint64_t end, co_await op.refcounts().end_of_use());
+    const Header& h = op.header();
+    const uint32_t bits = op.geometry().cluster_bits;
+    uint64_t highest = (h.refcount_table_offset >> bits) + h.refcount_table_clusters;
+    for (const uint64_t block : op.refcounts().table()) highest = std::max(highest, (block >> bits) + 1);
+    if (highest != end) co_return Result<>();
+    Rewrite rewrite(op, h.refcount_order, {});
+    co_return co_await rewrite.run(end);
 }
 
 }  // namespace gantry::block::qcow2

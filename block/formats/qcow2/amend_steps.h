@@ -23,9 +23,11 @@ struct AmendChange {
 /// with the reference's sentences.
 Result<AmendChange> parse_amend(const Image& image, std::string_view node, const json::object& options);
 
-/// New refcount structures of another width beside the old ones, then the header is switched to them. Also with the
-/// width they have: then they are packed as low as there is room.
+/// New refcount structures of another width beside the old ones, then the header is switched to them.
 Task<Result<>> rewrite_refcounts(Operation& op, uint32_t refcount_order, Progress progress);
+/// When refcount structures are what is last in the file: the same with the width they have, if that makes room at the
+/// end.
+Task<Result<>> lower_refcounts(Operation& op);
 
 /// 2 -> 3: only the header.
 Task<Result<>> upgrade_version(Operation& op);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "block/formats/qcow2/amend_steps.h"
 #include "block/formats/qcow2/compaction.h"
 #include "block/formats/qcow2/qcow2_node.h"
 #include "block/formats/qcow2/resize_steps.h"
@@ -25,7 +24,13 @@ Task<Result<uint64_t>> lower_copy(Operation& op, uint64_t offset, const std::vec
     co_return 0;
 }
 
-uint64_t l1_bytes(uint64_t entries) { return std::max<uint64_t>(1, entries * 8); }
+/// Tables that were moved carry their marks already.
+void publish_tables(Operation& op, const std::vector<uint64_t>& words) {
+    mark_tables(op.metadata().overlap(), Structure::kActiveL2, words, op.geometry().cluster_size(), false);
+    op.publish_mapping(words);
+}
+
+uint64_t l1_bytes(uint64_t entries) { return entries * 8; }
 
 Task<Result<>> lower_active_l1(Operation& op, const std::vector<uint64_t>& words) {
     const uint64_t old = op.header().l1_table_offset;
@@ -33,6 +38,7 @@ Task<Result<>> lower_active_l1(Operation& op, const std::vector<uint64_t>& words
     if (place == 0) co_return Result<>();
     CO_CHECK(co_await op.stabilise());
     CO_CHECK(co_await op.switch_mapping(op.header().size, words.size(), place));
+    publish_tables(op, words);
     CO_CHECK(co_await op.release(old, l1_bytes(words.size())));
     co_return co_await op.finish(false);
 }
@@ -122,12 +128,6 @@ Task<Result<>> Compaction::move_pointers() {
         const bool table_high = i == 0 && op_.header().snapshots_offset >= target;
         if (l1_high || table_high) CO_CHECK(co_await lower_snapshot(op_, i, target));
     }
-    // Refcount structures at the very end keep the file from being cut.
-    CO_TRY(const uint64_t end, co_await op_.refcounts().end_of_use());
-    const Header& h = op_.header();
-    uint64_t highest = (h.refcount_table_offset >> cluster_bits()) + h.refcount_table_clusters;
-    for (const uint64_t block : op_.refcounts().table()) highest = std::max(highest, (block >> cluster_bits()) + 1);
-    if (end > target_ && highest == end) CO_CHECK(co_await rewrite_refcounts(op_, h.refcount_order, {}));
     co_return Result<>();
 }
 
@@ -147,19 +147,32 @@ Task<Result<>> Compaction::return_holes() {
     co_return Result<>();
 }
 
+Task<Result<>> Compaction::move_metadata() {
+    CO_CHECK(co_await move_all(What::kTables));
+    co_return co_await move_pointers();
+}
+
 Task<Result<>> Compaction::run() {
     CO_CHECK(co_await look());
     Result<> moved = co_await step(0);
     if (moved) moved = co_await move_all(What::kData);
     if (moved) moved = co_await move_all(What::kBlobs);
-    if (moved) moved = co_await move_all(What::kTables);
-    if (moved) moved = co_await move_pointers();
-    op_.publish_mapping(active_l1_);
+    if (moved) moved = co_await move_metadata();
+    publish_tables(op_, active_l1_);
     CO_CHECK(co_await op_.stabilise());
     CO_CHECK(std::move(moved));
-    CO_CHECK(co_await return_holes());
     CO_CHECK(co_await cut_file(op_));
+    CO_CHECK(co_await return_holes());
     co_return co_await step(total_);
+}
+
+Task<Result<>> Compaction::run_metadata() {
+    CO_CHECK(co_await look());
+    Result<> moved = co_await move_metadata();
+    publish_tables(op_, active_l1_);
+    CO_CHECK(co_await op_.stabilise());
+    CO_CHECK(std::move(moved));
+    co_return co_await cut_file(op_);
 }
 
 Task<Result<>> Qcow2Node::compact(Progress progress) {

@@ -25,6 +25,8 @@ class Compaction {
     Compaction(Operation& op, Progress progress);
     /// Stops at a point where the image is whole; publishes what the active tables say in any case.
     Task<Result<>> run();
+    /// The same for what describes the disk only: L2 and L1 tables, snapshot table, refcount structures.
+    Task<Result<>> run_metadata();
 
   private:
     /// An entry of a table in the file that names a cluster.
@@ -51,6 +53,7 @@ class Compaction {
     // compact.cc
     Task<Result<>> look();
     Task<Result<>> move_all(What what);
+    Task<Result<>> move_metadata();
     Task<Result<>> move_pointers();
     Task<Result<>> return_holes();
     Task<Result<>> step(uint64_t clusters);

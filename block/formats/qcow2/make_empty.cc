@@ -1,5 +1,6 @@
 // An overlay whose contents were committed to its backing file starts anew.
 
+#include "block/formats/qcow2/compaction.h"
 #include "block/formats/qcow2/refusal.h"
 #include "block/formats/qcow2/resize_steps.h"
 
@@ -22,7 +23,8 @@ Task<Result<>> Qcow2Node::make_empty() {
         const ImageFile contents(name(), data());
         co_await contents.discard(0, contents.size());
     }
-    co_return co_await cut_file(op);
+    Compaction compaction(op, {});
+    co_return co_await compaction.run_metadata();
 }
 
 }  // namespace gantry::block::qcow2

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "block/bitmap.h"
+#include "block/formats/qcow2/compaction.h"
 #include "block/formats/qcow2/refusal.h"
 #include "block/formats/qcow2/resize_steps.h"
 #include "runtime/log.h"
@@ -94,7 +95,9 @@ Task<Result<>> shrink(Qcow2Node& node, uint64_t new_size) {
     }
     CO_CHECK(follow_bitmaps(node, new_size));
     CO_CHECK(co_await resize_data_file(node, new_size));
-    co_return co_await cut_file(op);
+    // The new tables were made while the old ones filled the file.
+    Compaction compaction(op, {});
+    co_return co_await compaction.run_metadata();
 }
 
 }  // namespace

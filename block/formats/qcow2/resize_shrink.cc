@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "block/formats/qcow2/amend_steps.h"
 #include "block/formats/qcow2/resize_steps.h"
 #include "block/formats/qcow2/tree_refcounts.h"
 #include "runtime/log.h"
@@ -55,7 +56,7 @@ Task<Result<>> cut_mappings(Operation& op, uint64_t cut, uint64_t l1_entries, ui
     const Header& h = op.header();
     CO_TRY(const std::vector<uint64_t> old_l1, co_await op.read_l1(h.l1_table_offset, h.l1_size));
     std::vector<uint64_t> l1 = old_l1;
-    l1.resize(l1_entries);
+    l1.resize(std::max<uint64_t>(1, l1_entries));  // a table of no entries would own no cluster
 
     const uint64_t cut_cluster = (cut >> g.cluster_bits) + (g.offset_in_cluster(cut) != 0);
     Border border;
@@ -78,11 +79,12 @@ Task<Result<>> cut_mappings(Operation& op, uint64_t cut, uint64_t l1_entries, ui
     std::vector<uint64_t> gone;
     for (uint64_t i = first_lost; i < old_l1.size(); i++) gone.push_back(old_l1[i]);
     CO_CHECK(co_await release_tree(op, gone, true));
-    CO_CHECK(co_await op.release(old_place, std::max<uint64_t>(1, old_l1.size() * 8)));
+    CO_CHECK(co_await op.release(old_place, old_l1.size() * 8));
     co_return co_await op.finish(true);
 }
 
 Task<Result<>> cut_file(Operation& op) {
+    CO_CHECK(co_await lower_refcounts(op));
     CO_TRY(const uint64_t clusters, co_await op.refcounts().end_of_use());
     const uint64_t end = clusters << op.geometry().cluster_bits;
     if (end >= op.file().size()) co_return Result<>();

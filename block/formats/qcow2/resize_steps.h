@@ -12,7 +12,8 @@ namespace gantry::block::qcow2 {
 /// write of the header. What only the old ones referred to is free afterwards. Nothing is written when nothing changes.
 Task<Result<>> cut_mappings(Operation& op, uint64_t cut, uint64_t l1_entries, uint64_t disk_size);
 
-/// Cuts the file behind the last cluster in use. A file that cannot be cut stays as it is.
+/// Cuts the file behind the last cluster in use, when refcount structures are that after moving them down. A file that
+/// cannot be cut stays as it is.
 Task<Result<>> cut_file(Operation& op);
 
 /// Gives every cluster of the guest range a place that reads as zeroes. Nothing is mapped there, or zeroes. The

@@ -61,9 +61,10 @@ Task<Result<>> rebuild_active(Operation& op, std::vector<uint64_t> l1, Copied ho
 Task<Result<>> create_steps(Operation& op, Snapshot snapshot) {
     const Header& h = op.header();
     CO_TRY(std::vector<uint64_t> l1, co_await op.read_l1(h.l1_table_offset, h.l1_size));
-    CO_TRY(snapshot.l1_table_offset, co_await op.allocate(l1.size() * 8));
-    snapshot.l1_size = static_cast<uint32_t>(l1.size());
     std::vector<uint64_t> copy = l1;
+    copy.resize(std::max<size_t>(1, l1.size()));  // a table of no entries would own no cluster
+    CO_TRY(snapshot.l1_table_offset, co_await op.allocate(copy.size() * 8));
+    snapshot.l1_size = static_cast<uint32_t>(copy.size());
     for (uint64_t& word : copy) word &= ~kCopied;
     CO_CHECK(co_await op.write_l1(snapshot.l1_table_offset, copy));
 
@@ -85,7 +86,7 @@ Task<Result<>> create_steps(Operation& op, Snapshot snapshot) {
     const uint64_t old_bytes = encode_snapshot_table(op.image().snapshots, h.size).size();
     CO_CHECK(co_await op.switch_snapshots(std::move(snapshots), table));
     OverlapMap& overlap = op.metadata().overlap();
-    overlap.add(Structure::kInactiveL1, snapshot.l1_table_offset, std::max<uint64_t>(1, l1.size() * 8));
+    overlap.add(Structure::kInactiveL1, snapshot.l1_table_offset, copy.size() * 8);
     mark_tables(overlap, Structure::kInactiveL2, l1, op.geometry().cluster_size(), true);
     if (old_bytes != 0) CO_CHECK(co_await op.release(old_offset, old_bytes));
     co_return co_await op.finish(op.metadata().options().pass_discard_snapshot);
@@ -96,7 +97,7 @@ Task<Result<>> apply_steps(Operation& op, const Snapshot& snapshot) {
     const Geometry& g = op.geometry();
     const Header& h = op.header();
     const uint64_t disk_size = snapshot.disk_size.value_or(h.size);
-    const uint64_t entries = std::max<uint64_t>(snapshot.l1_size, g.l1_entries_for(disk_size));
+    const uint64_t entries = std::max<uint64_t>({1, snapshot.l1_size, g.l1_entries_for(disk_size)});
     CO_CHECK(check_l1(g, snapshot.l1_table_offset, entries, disk_size, "Snapshot", op.file().node_name()));
     CO_TRY(std::vector<uint64_t> l1, co_await op.read_l1(snapshot.l1_table_offset, snapshot.l1_size));
     l1.resize(entries);
@@ -121,7 +122,7 @@ Task<Result<>> apply_steps(Operation& op, const Snapshot& snapshot) {
 
     const bool discard = op.metadata().options().pass_discard_snapshot;
     CO_CHECK(co_await release_tree(op, old_l1, discard));
-    CO_CHECK(co_await op.release(old_offset, std::max<uint64_t>(1, old_l1.size() * 8)));
+    CO_CHECK(co_await op.release(old_offset, old_l1.size() * 8));
     co_return co_await op.finish(discard);
 }
 
@@ -135,7 +136,7 @@ Task<Result<>> delete_steps(Operation& op, size_t index) {
 
     const Geometry& g = op.geometry();
     OverlapMap& overlap = op.metadata().overlap();
-    const uint64_t l1_bytes = std::max<uint64_t>(1, l1.size() * 8);
+    const uint64_t l1_bytes = l1.size() * 8;
     overlap.remove(Structure::kInactiveL1, snapshot.l1_table_offset, l1_bytes);
     mark_tables(overlap, Structure::kInactiveL2, l1, g.cluster_size(), false);
     if (overlap.checked() & bit_of(Structure::kInactiveL2)) {
