@@ -89,6 +89,13 @@ TEST_CASE("qcow2 encryption: both methods read with the passphrase", "[qcow2][cr
     CHECK(b.filled_with(0, 512) == 'a');
     CHECK(b.filled_with(512, 4096) == 0);
 
+    // A disk that ends within a sector.
+    REQUIRE(b.open_memory(Bench::aes().put64(24, 300), Bench::with("aes", "s")).empty());
+    CHECK(b.node->size() == 300);
+    CHECK(b.filled_with(0, 300) == 'a');
+    CHECK(b.filled_with(299, 1) == 'a');
+    REQUIRE(b.open_memory(b.luks(), Bench::with("luks", "s")).empty());
+
     // The secret may go once the image is open.
     CHECK(b.graph->secrets().remove("s"));
     CHECK(b.filled_with(0, 512) == 'a');
