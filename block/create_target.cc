@@ -4,6 +4,7 @@
 
 #include "runtime/buffer.h"
 #include "runtime/check.h"
+#include "runtime/timer.h"
 
 namespace gantry::block {
 
@@ -101,6 +102,7 @@ Task<Result<>> CreateTarget::preallocate(uint64_t offset, uint64_t bytes, Preall
         }
         done += now;
         if (progress && !progress(done, bytes)) co_return fail(ErrorKind::kCancelled, "cancelled");
+        co_await yield_turn();
     }
     co_return Result<>();
 }

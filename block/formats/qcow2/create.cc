@@ -1,6 +1,7 @@
 #include "block/formats/qcow2/create.h"
 
 #include <algorithm>
+#include <cstring>
 #include <filesystem>
 
 #include "block/create_target.h"
@@ -11,6 +12,7 @@
 #include "block/formats/qcow2/measure.h"
 #include "block/protocols/file_create.h"
 #include "runtime/buffer.h"
+#include "runtime/timer.h"
 
 namespace gantry::block {
 namespace qcow2 {
@@ -60,8 +62,9 @@ Result<Plan> make_plan(const CreateOptions& options, std::string data_file_name,
     return plan;
 }
 
+/// Of at least one byte.
 bool is_zero(std::span<const uint8_t> bytes) {
-    return std::ranges::all_of(bytes, [](uint8_t b) { return b == 0; });
+    return bytes[0] == 0 && std::memcmp(bytes.data(), bytes.data() + 1, bytes.size() - 1) == 0;
 }
 
 Task<Result<>> Making::open(NewImage& what) {
@@ -98,6 +101,7 @@ Task<Result<>> Making::write_metadata(const CreateLayout& layout, const Progress
         // Zeroes are there already.
         if (!is_zero(part)) CO_CHECK(co_await file.write(offset, part, "metadata"));
         if (progress && !progress(done, bytes)) co_return fail(ErrorKind::kCancelled, "cancelled");
+        co_await yield_turn();  // a write may be over at once; monitors want to be served
     }
     co_return Result<>();
 }
@@ -109,10 +113,10 @@ Task<Result<>> Making::build(const NewImage& what, Progress progress) {
     CO_TRY(Plan plan, make_plan(options, std::move(data_file_name), graph.secrets()));
     const CreateLayout& layout = plan.layout;
 
-    if (options.data_file) CO_CHECK(co_await build_data_file(options, progress));
     CO_CHECK(co_await file.empty(layout.file_bytes(), layout.file_bytes()));
-    // No old header may stand before new tables.
+    // No old header may stand before new tables, or before a data file that is not its own any more.
     CO_CHECK(co_await file.flush());
+    if (options.data_file) CO_CHECK(co_await build_data_file(options, progress));
     CO_CHECK(co_await write_metadata(layout, progress));
     if (!options.encrypt.empty()) {
         CO_TRY([[maybe_unused]] const std::unique_ptr<ClusterCipher> cipher,

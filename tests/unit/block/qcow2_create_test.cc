@@ -228,6 +228,11 @@ TEST_CASE("qcow2 create: images are what qemu-img makes of the same options", "[
         // With subclusters the reference maps a raw data file, but calls nothing in it allocated.
         const bool raw_subclusters = layout.find("raw=on,ext") < layout.size();
         CHECK(f.mapped(here, ours) == (raw_subclusters ? f.size_of(size) : f.mapped(here, theirs)));
+        // Space was taken where it was asked for.
+        if (preallocation.starts_with("f")) {
+            const bool beside = layout.starts_with("data_file");
+            CHECK(f.blocks(beside ? f.dir.file("ours.data") : ours) * 512 >= f.size_of(size));
+        }
         // We read it too.
         REQUIRE(f.open_file(ours) == "");
         CHECK(f.filled_with(0, 333 << 10) == 0);
