@@ -6,6 +6,18 @@
 
 namespace gantry::qmp {
 
+json::object snapshot_json(const block::SnapshotInfo& s) {
+    json::object out{{"id", s.id},
+                     {"name", s.name},
+                     {"vm-state-size", s.vm_state_size},
+                     {"date-sec", s.date_sec},
+                     {"date-nsec", s.date_nsec},
+                     {"vm-clock-sec", s.vm_clock_ns / 1000000000},
+                     {"vm-clock-nsec", s.vm_clock_ns % 1000000000}};
+    if (s.icount) out["icount"] = *s.icount;
+    return out;
+}
+
 namespace {
 
 using block::ImageInfo;
@@ -21,18 +33,6 @@ std::string_view detect_zeroes_name(block::DetectZeroes mode) {
             return "unmap";
     }
     return "off";
-}
-
-json::object snapshot_json(const block::SnapshotInfo& s) {
-    json::object out{{"id", s.id},
-                     {"name", s.name},
-                     {"vm-state-size", s.vm_state_size},
-                     {"date-sec", s.date_sec},
-                     {"date-nsec", s.date_nsec},
-                     {"vm-clock-sec", s.vm_clock_ns / 1000000000},
-                     {"vm-clock-nsec", s.vm_clock_ns % 1000000000}};
-    if (s.icount) out["icount"] = *s.icount;
-    return out;
 }
 
 json::object image_json(const Node& node, const ImageInfo& info) {

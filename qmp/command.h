@@ -27,6 +27,7 @@ std::span<const HandlerRow> misc_handlers();
 std::span<const HandlerRow> block_handlers();
 std::span<const HandlerRow> bitmap_handlers();
 std::span<const HandlerRow> create_handlers();
+std::span<const HandlerRow> image_handlers();
 std::span<const HandlerRow> export_handlers();
 std::span<const HandlerRow> job_handlers();
 std::span<const HandlerRow> object_handlers();

@@ -19,6 +19,7 @@ extern const Module kBlockCoreModule;
 extern const Module kBlockInfoModule;
 extern const Module kBlockBitmapModule;
 extern const Module kBlockCreateModule;
+extern const Module kBlockImageModule;
 extern const Module kBlockExportModule;
 extern const Module kJobModule;
 extern const Module kCryptoModule;
@@ -58,6 +59,7 @@ extern const Type kBlockdevDetectZeroesOptions;
 
 // block_info.cc
 extern const Type kQcow2CompressionType;
+extern const Type kSnapshotInfo;
 extern const Type kBlockDeviceInfoList;
 extern const Type kBlockInfoList;
 extern const Type kBlockStatsList;

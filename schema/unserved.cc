@@ -11,7 +11,6 @@ namespace {
 constexpr std::string_view kCopyJobs = "not in this build: jobs that copy data are not built";
 constexpr std::string_view kBlockJobs =
     "not in this build: there is no block job to steer; jobs have job-* and query-jobs";
-constexpr std::string_view kWriteFormats = "not in this build: creating and changing image formats is not built";
 constexpr std::string_view kSnapshots = "not in this build: snapshots and transactions are not built";
 constexpr std::string_view kNodes = "not in this build: it is not built";
 constexpr std::string_view kUseExportAdd = "not in this build: use block-export-add";
@@ -58,11 +57,8 @@ constexpr Absent kAbsentCommands[] = {
     {"blockdev-remove-medium", kMedia},
     {"blockdev-set-active", kNodes},
     {"blockdev-snapshot", kSnapshots},
-    {"blockdev-snapshot-delete-internal-sync", kSnapshots},
-    {"blockdev-snapshot-internal-sync", kSnapshots},
     {"blockdev-snapshot-sync", kSnapshots},
     {"change", kMedia},
-    {"change-backing-file", kWriteFormats},
     {"change-vnc-password", kMachine},
     {"chardev-add", kChardevs},
     {"chardev-change", kChardevs},
@@ -152,7 +148,6 @@ constexpr Absent kAbsentCommands[] = {
     {"trace-event-get-state", kQueries},
     {"trace-event-set-state", kQueries},
     {"transaction", kSnapshots},
-    {"x-blockdev-amend", kWriteFormats},
     {"x-blockdev-change", kNodes},
     {"x-blockdev-set-iothread", kNodes},
     {"x-debug-query-block-graph", kNodes},
