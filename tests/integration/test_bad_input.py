@@ -273,10 +273,20 @@ class BadInput(gt.Case):
                                     "file": {"driver": "file", "filename": path, "read-only": True}})
         self.q.cmd("blockdev-del", node_name="alone")
 
-    def test_qcow2_for_writing(self):
-        gt.require_gantry("the reference writes qcow2")
+    def test_qcow2_that_may_only_be_read(self):
         path = self.qcow2()
-        self.refused({"driver": "qcow2", "file": {"driver": "file", "filename": path}}, "read-only", images=[path])
+        writable = {"driver": "qcow2", "file": {"driver": "file", "filename": path}}
+        readable = {"driver": "qcow2", "read-only": True, "file": {"driver": "file", "filename": path, "read-only": True}}
+        self.patch(path, 79, b"\2")  # marked corrupt
+        self.refused(writable, "Image is corrupt; cannot be opened read/write", images=[path])
+        before = gt.checksum(path)
+        self.q.cmd("blockdev-add", {"node-name": "seen", **readable})
+        self.q.cmd("blockdev-del", node_name="seen")
+        self.assertEqual(gt.checksum(path), before)
+        # A feature that nobody knows is in the way of reading too.
+        self.patch(path, 72, b"\1")
+        for arguments in (writable, readable):
+            self.refused(arguments, r"[Uu]nsupported.*feature", images=[path])
 
     # --- the server
 

@@ -130,9 +130,30 @@ class Tool(gt.Case):
         process, uri, _ = self.serve("--format", "raw", image)  # as said: the container itself
         self.assertEqual(self.read(uri, 4), b"QFI\xfb")
         self.end(process)
-        self.refused("serve", "--write", image, text="read-only")
         self.refused("serve", "--format", "qcow2", self.raw_image("x.raw", gt.MIB), text="Image is not in qcow2 format")
         self.refused("serve", "--format", "vmdk", image, text="vmdk.*not in this build")
+        self.assertEqual(gt.checksum(image), before)
+
+    def test_serve_qcow2_for_writing(self):
+        image = self.qcow2()
+        process, uri, text = self.serve("--write", image)  # probed: what a guest writes does not change the format
+        self.assertIn(f"Serving {image} (read-write) at", text)
+        client = gt.libnbd().NBD()
+        client.connect_uri(uri)
+        client.pwrite(b"QFI\xfb" + b"B" * 65532, 0)
+        client.pwrite(b"C" * 4096, 700 * 1024)
+        client.shutdown()
+        self.end(process)
+        self.run_tool("qemu-img", "check", image)
+        self.run_tool("qemu-io", "-f", "qcow2", "-c", "read -P 0x42 4 65532", "-c", "read -P 0x43 700k 4k",
+                      "-c", "read -P 0 704k 320k", image)
+        process, uri, _ = self.serve(image)
+        self.assertEqual(self.read(uri, 8), b"QFI\xfbBBBB")
+        self.end(process)
+        # A snapshot is the past: nobody writes it.
+        self.run_tool("qemu-img", "snapshot", "-c", "before", image)
+        before = gt.checksum(image)
+        self.refused("serve", "--write", "--snapshot", "before", image, text="read-only")
         self.assertEqual(gt.checksum(image), before)
 
     def test_serve_snapshot(self):

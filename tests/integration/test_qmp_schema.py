@@ -149,7 +149,8 @@ class Schema(gt.Case):
                                depth + 1)
             elif type_["meta-type"] == "alternate" and not is_tag:
                 kind, desc = self.q.error(command, wrap({**base, name: 1.5}))
-                self.assertRegex(desc, f"^Invalid parameter type for '{full}', expected: \\w+", (command, name))
+                # Of an alternate the message names no more than the member, there too.
+                self.assertRegex(desc, f"^Invalid parameter type for '{name}', expected: \\w+", (command, name))
 
     def check(self, command, entry, wrap, path="", depth=0):
         if "tag" not in entry:
