@@ -1,15 +1,16 @@
 #include "tests/crash/qcow2_run.h"
 
 #include <fmt/ranges.h>
-#include <sys/wait.h>
 
 #include <fstream>
 #include <iterator>
+#include <sstream>
 
 #include "block/bitmap.h"
 #include "block/crypto/secrets.h"
 #include "block/image_control.h"
 #include "tests/support/node_io.h"
+#include "tests/support/shell.h"
 
 namespace gantry::test {
 
@@ -21,11 +22,6 @@ constexpr uint64_t kSector = GuestModel::kSector;
 
 void require(const Result<>& result, const char* what) {
     if (!result) throw std::runtime_error(std::string(what) + ": " + result.error().message());
-}
-
-int shell(const std::string& command) {
-    const int status = std::system(command.c_str());
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
 std::vector<uint8_t> bytes_of(const std::string& path) {
@@ -61,13 +57,13 @@ Qcow2Run::Qcow2Run(CrashConfig config, uint64_t seed)
         require(run(graph->secrets().add({{"qom-type", "secret"}, {"id", "s0"}, {"data", config_.secret}})), "secret");
     }
     std::string create = "qemu-img create -q -f qcow2 ";
-    if (!config_.secret.empty()) create += "--object secret,id=s0,data=" + config_.secret + " ";
+    if (!config_.secret.empty()) create += secret_option() + " ";
     std::string options = config_.create;
     if (config_.data_file) options += (options.empty() ? "" : ",") + ("data_file=" + dir_.file("data"));
     if (!options.empty()) create += "-o " + options + " ";
-    if (shell(create + path + " " + std::to_string(config_.bytes)) != 0) throw std::runtime_error(create);
-    if (config_.bitmap && shell("qemu-img bitmap --add -g 4k " + path + " marks") != 0)
-        throw std::runtime_error("qemu-img bitmap");
+    create += path + " " + std::to_string(config_.bytes);
+    if (config_.bitmap) create += " && qemu-img bitmap --add -g 4k " + path + " marks";
+    if (const ShellResult made = shell(create); made.status != 0) throw std::runtime_error(create + made.output);
     image_ = std::make_shared<JournalDisk>(clock_, bytes_of(path));
     JournalDisk::publish("image", image_);
     if (config_.data_file) {
@@ -89,6 +85,8 @@ Qcow2Run::Qcow2Run(CrashConfig config, uint64_t seed)
 Qcow2Run::~Qcow2Run() {
     for (const char* name : {"image", "data", "base", "cut", "cut-data"}) JournalDisk::forget(name);
 }
+
+std::string Qcow2Run::secret_option() const { return "--object 'secret,id=s0,data=" + config_.secret + "'"; }
 
 std::string Qcow2Run::definition(std::string_view node, std::string_view image, std::string_view data,
                                  std::string_view more) const {
@@ -300,18 +298,18 @@ std::string Qcow2Run::qemu_check(const std::vector<uint8_t>& bytes, Allowed allo
     put(path, bytes);
     std::string command = "qemu-img check ";
     if (!config_.secret.empty()) {
-        command += "--object secret,id=s0,data=" + config_.secret + " --image-opts driver=qcow2,file.filename=" + path +
+        command += secret_option() + " --image-opts driver=qcow2,file.filename=" + path +
                    ",encrypt.format=luks,encrypt.key-secret=s0";
     } else {
         command += path;
     }
-    const int code = shell(command + " > " + dir_.file("check.txt") + " 2>&1");
-    if (code == 0 || (code == 3 && allowed != Allowed::kNothing)) return {};
-    std::ifstream in(dir_.file("check.txt"));
+    const ShellResult checked = shell(command);
+    if (checked.status == 0 || (checked.status == 3 && allowed != Allowed::kNothing)) return {};
+    std::istringstream in(checked.output);
     std::vector<std::string> lines;
     for (std::string line; std::getline(in, line);) lines.push_back(line);
-    if (code == 2 && allowed == Allowed::kFlags && only_flags(lines)) return {};
-    return fmt::format("qemu-img check says {}: {}", code, fmt::join(lines, "; "));
+    if (checked.status == 2 && allowed == Allowed::kFlags && only_flags(lines)) return {};
+    return fmt::format("qemu-img check says {}: {}", checked.status, fmt::join(lines, "; "));
 }
 
 std::string Qcow2Run::check_clean(const char* when, Allowed allowed) {

@@ -58,6 +58,7 @@ class Qcow2Run : GraphFixture {
     Task<void> compact_step(block::Node* node);
     Task<void> amend_step(block::Node* node);
     Range pick();
+    std::string secret_option() const;  // of qemu-img
     std::string definition(std::string_view node, std::string_view image, std::string_view data,
                            std::string_view more) const;
     std::string judge(Stamp t, JournalDisk::Loss loss);

@@ -14,6 +14,7 @@
 #include "block/formats/raw.h"
 #include "block/graph.h"
 #include "block/protocols/file.h"
+#include "tests/support/shell.h"
 #include "tests/support/temp_dir.h"
 #include "tests/support/test_runtime.h"
 
@@ -94,11 +95,10 @@ struct CheckFixture {
     std::string path(const std::string& name) const { return dir.path() + "/" + name; }
     /// Words joined with blanks, output thrown away; throws when it fails.
     static void sh(const std::string& command) {
-        if (std::system((command + " > /dev/null 2>&1").c_str()) != 0) throw std::runtime_error("failed: " + command);
+        const ShellResult done = shell(command);
+        if (done.status != 0) throw std::runtime_error("failed: " + command + ": " + done.output);
     }
-    static bool has_tool(const std::string& tool) {
-        return std::system(("command -v " + tool + " > /dev/null").c_str()) == 0;
-    }
+    static bool has_tool(const std::string& tool) { return has_program(tool); }
     void create(const std::string& name, const std::string& options, const std::string& size) {
         sh("qemu-img create -f qcow2 " + (options.empty() ? "" : "-o " + options) + " " + path(name) + " " + size);
     }

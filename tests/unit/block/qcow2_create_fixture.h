@@ -3,10 +3,8 @@
 #pragma once
 
 #include <sys/stat.h>
-#include <sys/wait.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <string>
@@ -31,13 +29,9 @@ inline json::object options_of(std::string text) {
 
 /// What a command prints, with its status when it is not 0.
 inline std::string output_of(const std::string& command) {
-    FILE* pipe = ::popen((command + " 2>&1").c_str(), "r");
-    std::string text;
-    char buffer[4096];
-    while (const size_t n = std::fread(buffer, 1, sizeof buffer, pipe)) text.append(buffer, n);
-    const int status = ::pclose(pipe);
-    if (status != 0) text += fmt::format("[exit {}]", WEXITSTATUS(status));
-    return text;
+    ShellResult done = shell(command);
+    if (done.status != 0) done.output += fmt::format("[exit {}]", done.status);
+    return std::move(done.output);
 }
 
 /// "name=value,...".

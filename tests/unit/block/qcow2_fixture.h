@@ -3,9 +3,6 @@
 
 #pragma once
 
-#include <sys/wait.h>
-
-#include <cstdlib>
 #include <fstream>
 #include <iterator>
 #include <string>
@@ -17,6 +14,7 @@
 #include "block/graph.h"
 #include "block/protocols/file.h"
 #include "tests/support/memory_node.h"
+#include "tests/support/shell.h"
 #include "tests/support/temp_dir.h"
 #include "tests/support/test_runtime.h"
 #include "tests/unit/block/qcow2_tiny_image.h"
@@ -134,12 +132,10 @@ struct Qcow2Fixture {
 
     /// Runs a command line with the words joined; throws when it fails.
     static void sh(const std::string& command) {
-        const int status = std::system((command + " > /dev/null").c_str());
-        if (status != 0) throw std::runtime_error("failed: " + command);
+        const ShellResult done = shell(command);
+        if (done.status != 0) throw std::runtime_error("failed: " + command + ": " + done.output);
     }
-    static bool has_tool(const std::string& tool) {
-        return std::system(("command -v " + tool + " > /dev/null").c_str()) == 0;
-    }
+    static bool has_tool(const std::string& tool) { return has_program(tool); }
     static std::vector<uint8_t> bytes_of(const std::string& path) {
         std::ifstream in(path, std::ios::binary);
         return {std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};

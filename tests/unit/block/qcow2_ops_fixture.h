@@ -3,11 +3,7 @@
 
 #pragma once
 
-#include <sys/wait.h>
-
-#include <array>
 #include <catch2/catch.hpp>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
@@ -22,6 +18,7 @@
 #include "block/image_control.h"
 #include "block/protocols/file.h"
 #include "tests/support/node_io.h"
+#include "tests/support/shell.h"
 #include "tests/support/temp_dir.h"
 #include "tests/support/test_runtime.h"
 
@@ -39,22 +36,15 @@ struct OpsFixture {
     }
 
     static bool tools_missing() {
-        const auto has = [](const char* tool) {
-            return std::system((std::string("command -v ") + tool + " > /dev/null").c_str()) == 0;
-        };
-        if (has("qemu-img") && has("qemu-io")) return false;
+        if (has_program("qemu-img") && has_program("qemu-io")) return false;
         WARN("SKIPPED: qemu-img or qemu-io is not installed");
         return true;
     }
     /// Output of a command, stderr too; its exit status in `status`.
     std::string output(const std::string& command) {
-        std::string text;
-        FILE* pipe = ::popen((command + " 2>&1").c_str(), "r");
-        std::array<char, 4096> part;
-        for (size_t n; (n = std::fread(part.data(), 1, part.size(), pipe)) > 0;) text.append(part.data(), n);
-        const int raw = ::pclose(pipe);
-        status = WIFEXITED(raw) ? WEXITSTATUS(raw) : -1;
-        return text;
+        ShellResult done = shell(command);
+        status = done.status;
+        return std::move(done.output);
     }
     void sh(const std::string& command) {
         const std::string text = output(command);

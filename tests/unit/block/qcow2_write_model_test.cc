@@ -4,6 +4,7 @@
 
 #include <fstream>
 
+#include "block/crypto/secrets.h"
 #include "block/formats/qcow2/qcow2.h"
 #include "block/protocols/file.h"
 #include "tests/support/model_run.h"
@@ -15,12 +16,15 @@ using namespace gantry::test;
 
 namespace {
 
+constexpr const char* kSecret = "--object secret,id=s,data=sesame";
+
 struct Shape {
     const char* create;     // options of qemu-img create; DIR stands for the directory
     const char* node = "";  // more options of the node
     uint64_t size = 6'000'128;
     unsigned backing = 0;  // bytes of a raw backing file
     bool compress = false;
+    bool encrypted = false;
 };
 
 const Shape kShapes[] = {
@@ -46,6 +50,12 @@ const Shape kShapes[] = {
     {"cluster_size=4k,compression_type=zstd", "", 6'000'128, 4'000'000, true},
     {"extended_l2=on,cluster_size=64k,compression_type=zstd", "", 6'000'128, 0, true},
     {"preallocation=metadata,cluster_size=64k"},
+    {"encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,cluster_size=4k",
+     ",'encrypt':{'format':'luks','key-secret':'s'}", 3'000'320, 2'000'000, false, true},
+    {"encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,extended_l2=on",
+     ",'encrypt':{'format':'luks','key-secret':'s'}", 3'000'320, 0, false, true},
+    {"encrypt.format=aes,encrypt.key-secret=s", ",'encrypt':{'format':'aes','key-secret':'s'}", 3'000'320, 0, false,
+     true},
     {"cluster_size=64k", ",'discard-no-unref':true", 6'000'128, 2'000'000},
     {"cluster_size=4k", ",'pass-discard-other':true,'overlap-check':'all'"},
 };
@@ -73,17 +83,19 @@ std::string create(const Shape& shape, const TempDir& dir, std::vector<uint8_t>&
         contents = data;
         backing = " -b " + dir.file("b.raw") + " -F raw";
     }
-    Qcow2Fixture::sh(fmt::format("qemu-img create -q -f qcow2 -o {}{} {} {}", options, backing, path, shape.size));
+    Qcow2Fixture::sh(fmt::format("qemu-img create -q -f qcow2 {} -o {}{} {} {}", shape.encrypted ? kSecret : "",
+                                 options, backing, path, shape.size));
     return path;
 }
 
-void judge(const TempDir& dir, const std::string& path, const std::vector<uint8_t>& model) {
-    const int status =
-        std::system(("qemu-img check -q -f qcow2 " + path + " > " + dir.file("check.txt") + " 2>&1").c_str());
-    const std::vector<uint8_t> text = Qcow2Fixture::bytes_of(dir.file("check.txt"));
-    INFO(std::string(text.begin(), text.begin() + static_cast<ptrdiff_t>(std::min<size_t>(text.size(), 2000))));
-    CHECK(status == 0);
-    Qcow2Fixture::sh("qemu-img convert -f qcow2 -O raw " + path + " " + dir.file("out.raw"));
+void judge(const TempDir& dir, const std::string& path, const std::vector<uint8_t>& model, bool encrypted) {
+    const std::string image =
+        encrypted ? fmt::format("{} --image-opts driver=qcow2,encrypt.key-secret=s,file.filename={}", kSecret, path)
+                  : "-f qcow2 " + path;
+    const ShellResult checked = shell("qemu-img check -q " + image);
+    INFO(checked.output.substr(0, 2000));
+    CHECK(checked.status == 0);
+    Qcow2Fixture::sh("qemu-img convert -O raw " + image + " " + dir.file("out.raw"));
     CHECK(Qcow2Fixture::bytes_of(dir.file("out.raw")) == model);
 }
 
@@ -103,6 +115,9 @@ TEST_CASE("qcow2: random operations leave what a plain array holds, and qemu-img
     for (const uint64_t seed : {1, 2}) {
         ModelRun m({block::kFileDriver, block::kQcow2Driver});
         m.can_compress = shape.compress;
+        if (shape.encrypted) {
+            REQUIRE(m.run(m.graph->secrets().add({{"qom-type", "secret"}, {"id", "s"}, {"data", "sesame"}})));
+        }
         m.open({fmt::format("{{'driver':'file','node-name':'f','filename':'{}','discard':'unmap'}}", path),
                 fmt::format("{{'driver':'qcow2','node-name':'n','file':'f','discard':'unmap'{}}}", shape.node)},
                std::move(contents));
@@ -113,7 +128,7 @@ TEST_CASE("qcow2: random operations leave what a plain array holds, and qemu-img
         m.close();
         contents = std::move(m.model);
         REQUIRE(m.remove("f") == "");
-        judge(dir, path, contents);
+        judge(dir, path, contents, shape.encrypted);
     }
     if (std::string_view(shape.create).find("data_file_raw") != std::string_view::npos) {
         std::vector<uint8_t> raw = Qcow2Fixture::bytes_of(dir.file("data.raw"));
