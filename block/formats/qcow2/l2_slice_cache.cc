@@ -43,6 +43,18 @@ L2SliceCache::~L2SliceCache() {
     if (arena_) munmap(arena_, arena_bytes_);
 }
 
+void L2SliceCache::reshape(std::unique_ptr<L2SliceCache> fresh) {
+    CHECK(dirty_count() == 0 && fresh->resident() == 0, "an L2 cache changes its shape when nothing is left to write");
+    for (Stripe& s : stripes_) s.dirty.clear();
+    std::swap(slice_bytes_, fresh->slice_bytes_);
+    std::swap(set_count_, fresh->set_count_);
+    std::swap(sets_, fresh->sets_);
+    std::swap(arena_, fresh->arena_);
+    std::swap(sets_bytes_, fresh->sets_bytes_);
+    std::swap(arena_bytes_, fresh->arena_bytes_);
+    resident_.store(0, std::memory_order_relaxed);
+}
+
 uint32_t L2SliceCache::way_of(const Set& set, uint64_t slice) {
     for (uint32_t way = 0; way < kWays; way++) {
         if ((set.tags[way].load(std::memory_order_relaxed) & (kValid | kSliceMask)) == (kValid | slice)) return way;

@@ -163,6 +163,8 @@ class L2SliceCache {
     void invalidate(uint64_t slice);
     /// Drops everything; nothing is pinned or dirty, no reader runs behind (drained).
     void drop_all();
+    /// Empty and as large as `fresh` afterwards. Drained; nothing is pinned or dirty, pins come after it.
+    void reshape(std::unique_ptr<L2SliceCache> fresh);
     /// Drops what nobody used since the call before, and gives its memory back.
     void clean();
 

@@ -121,14 +121,14 @@ Task<Result<>> Metadata::copy_table(uint64_t from, uint64_t to) {
 }
 
 Task<Result<Buffer>> Metadata::read_slice(uint64_t slice) {
-    const uint64_t table = l2_table_offset(l1_.get(slice / slices_per_table_));
+    const uint64_t table = l2_table_offset(l1_.get(slice / slices_per_table()));
     Buffer bytes = Buffer::alloc(l2_.slice_bytes());
-    CO_CHECK(co_await file_.read(table + (slice % slices_per_table_) * l2_.slice_bytes(), bytes.span(), "L2 table"));
+    CO_CHECK(co_await file_.read(table + (slice % slices_per_table()) * l2_.slice_bytes(), bytes.span(), "L2 table"));
     co_return std::move(bytes);
 }
 
 Task<Result<L2SliceCache::Pin>> Metadata::pin_slice(uint64_t slice) {
-    const uint64_t l1_index = slice / slices_per_table_;
+    const uint64_t l1_index = slice / slices_per_table();
     if (!in_session() || !owns_table(l1_index) || !bad_tables_.empty()) CO_CHECK(co_await own_l2_table(l1_index));
     L2SliceCache::Pin pin = l2_.pin(slice);
     if (pin) co_return std::move(pin);

@@ -37,7 +37,6 @@ Metadata::Metadata(Host& host, ImageFile& file, Image& image, L2SliceCache& l2, 
       image_(image),
       l2_(l2),
       options_(options),
-      slices_per_table_(image.geometry.cluster_size() / l2.slice_bytes()),
       overlap_(image.geometry, options.overlap),
       refcounts_(file, image.header, image.caches.refcount_bytes, &overlap_),
       allocator_(refcounts_, file, image.geometry.cluster_bits) {}

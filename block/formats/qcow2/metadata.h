@@ -154,6 +154,7 @@ class Metadata {
 
     // metadata.cc
     Task<Result<>> load_l1();
+    uint64_t slices_per_table() const { return cluster_size() / l2_.slice_bytes(); }
     void mark_active_tables();
     void unmark_active_tables();
     Task<Result<>> mark_snapshots();
@@ -193,7 +194,6 @@ class Metadata {
     Image& image_;
     L2SliceCache& l2_;
     WriteOptions options_;
-    const uint64_t slices_per_table_;
     OverlapMap overlap_;
     Refcounts refcounts_;
     ClusterAllocator allocator_;

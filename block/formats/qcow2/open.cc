@@ -179,7 +179,7 @@ int probe(const uint8_t* head, size_t size, std::string_view filename) {
 
 const Driver kQcow2Driver = {.name = "qcow2",
                              .open = qcow2::open,
-                             .reopen_options = qcow2::kWriteOptionNames,
+                             .reopen_options = qcow2::kReopenOptionNames,
                              .probe = qcow2::probe,
                              .creator = &kQcow2Creator};
 

@@ -1,7 +1,6 @@
 #include "block/formats/qcow2/qcow2_node.h"
 
 #include <algorithm>
-#include <bit>
 
 #include "block/graph.h"
 #include "block/observer.h"
@@ -18,11 +17,6 @@ constexpr auto kWriteBackPause = std::chrono::milliseconds(20);  // at least, be
 constexpr uint64_t kDecodedBytes = uint64_t{8} << 20;
 
 size_t decoded_capacity(uint64_t cluster_size) { return std::clamp<uint64_t>(kDecodedBytes / cluster_size, 4, 64); }
-
-uint32_t slice_shift_of(const Image& image) {
-    const uint32_t entries = image.caches.l2_slice_bytes / image.geometry.l2_entry_bytes();
-    return image.geometry.cluster_bits + static_cast<uint32_t>(std::countr_zero(entries));
-}
 
 }  // namespace
 
@@ -58,18 +52,8 @@ Result<std::shared_ptr<Qcow2Node>> Qcow2Node::create(std::string name, NodeFlags
     TRY(auto cache, L2SliceCache::create(caches.l2_slice_bytes, caches.l2_bytes / caches.l2_slice_bytes));
     std::shared_ptr<Qcow2Node> node(new Qcow2Node(std::move(name), flags, std::move(image), std::move(setup), graph));
     node->l2_cache_ = std::move(cache);
-    if (caches.clean_interval_s != 0) node->background_.spawn(node->clean_caches());
+    node->background_.spawn(node->clean_caches());
     return node;
-}
-
-Task<void> Qcow2Node::clean_caches() {
-    const auto interval = std::chrono::seconds(image_.caches.clean_interval_s);
-    for (;;) {
-        const bool expired = co_await clean_timer_.after(interval);
-        if (!expired || closing_) co_return;
-        l2_cache_->clean();
-        decoded_.clean();
-    }
 }
 
 // ---- Life ----

@@ -154,11 +154,16 @@ class Qcow2Node final : public FormatNode, public ImageOperations, private Metad
     struct Plan;
     /// A reopen between prepare and commit.
     struct Reopening {
+    struct NewCaches {
+        CacheSizes sizes;
+        std::unique_ptr<L2SliceCache> l2;  // null: it stays
+    };
         bool was_writable = false, writable = false;
         bool stored = false;  // bitmaps are stored and unmarked
         WriteOptions options;
         std::shared_ptr<Metadata> metadata;  // writable before and after, with other options
     };
+        NewCaches caches;
 
     Qcow2Node(std::string name, NodeFlags flags, Image image, Setup setup, Graph& graph);
 
@@ -232,7 +237,16 @@ class Qcow2Node final : public FormatNode, public ImageOperations, private Metad
 
     Task<void> clean_caches();
     Task<Result<>> become_writable();
+    // ---- caches.cc ----
+    static uint32_t slice_shift_of(const Image& image);
     Task<Result<>> repair_after_crash();
+    /// What `options` make of the caches of the disk as it is.
+    Result<NewCaches> prepare_caches(const json::object& options) const;
+    /// Drained, nothing is dirty.
+    void adopt_caches(NewCaches next);
+    /// The disk's size has changed, drained.
+    void fit_caches();
+
     void attach_log();
     Task<Result<>> replay_log();
     Task<Result<>> replay(MappingRecord record);
@@ -251,7 +265,7 @@ class Qcow2Node final : public FormatNode, public ImageOperations, private Metad
     Graph& graph_;
     Loop& main_loop_;
     Observer* observer_;
-    const uint32_t slice_shift_;  // log2 of the guest bytes of a slice
+    uint32_t slice_shift_;  // log2 of the guest bytes of a slice; changes drained
     std::unique_ptr<L2SliceCache> l2_cache_;
     WriteOptions write_options_;
     bool wants_writable_;                    // of opened()

@@ -45,6 +45,15 @@ Refcounts::Refcounts(ImageFile& file, Header& header, uint64_t cache_bytes, Over
       cache_blocks_(std::max(cache_bytes >> header.cluster_bits, kMinCacheBlocks)),
       overlap_(overlap) {}
 
+void Refcounts::set_cache_bytes(uint64_t bytes) {
+    cache_blocks_ = std::max(bytes >> header_.cluster_bits, kMinCacheBlocks);
+}
+
+void Refcounts::clean() {
+    std::erase_if(blocks_, [this](const auto& b) { return !b.second.dirty() && b.second.last_use <= cleaned_at_; });
+    cleaned_at_ = uses_;
+}
+
 uint64_t Refcounts::max_count() const { return max_refcount(header_.refcount_order); }
 
 uint64_t Refcounts::clusters_per_block() const { return cluster_size() * 8 >> header_.refcount_order; }

@@ -51,6 +51,10 @@ class Refcounts {
     /// beyond it are dropped; dirty ones are written first. `overlap` may be null; it learns where table and blocks
     /// lie.
     Refcounts(ImageFile& file, Header& header, uint64_t cache_bytes, OverlapMap* overlap);
+    /// Under Metadata::mutex(), or drained. A smaller cache gives its blocks up as others are loaded.
+    void set_cache_bytes(uint64_t bytes);
+    /// Drops what nobody used since the call before and is on the disk. Under Metadata::mutex().
+    void clean();
 
     /// Reads the table. kIo.
     Task<Result<>> load();
@@ -163,7 +167,7 @@ class Refcounts {
 
     ImageFile& file_;
     Header& header_;
-    const uint64_t cache_blocks_;
+    uint64_t cache_blocks_;
     OverlapMap* overlap_;
     Move table_place_;  // as loaded or switched to
     std::vector<uint64_t> table_;
@@ -175,6 +179,7 @@ class Refcounts {
     std::vector<Move> old_tables_;                 // lose their count once the header has left them
     uint64_t pinned_first_ = 1, pinned_last_ = 0;  // table indices whose blocks stay
     uint64_t uses_ = 0;
+    uint64_t cleaned_at_ = 0;  // uses_ at the last clean()
     uint64_t hint_ = 0;
     uint64_t watched_ = kNothing;
     std::atomic<bool> dirty_{false};

@@ -117,7 +117,11 @@ Task<Result<>> Qcow2Node::resize(uint64_t new_size, Preallocation preallocation,
         co_return refuse(ErrorKind::kTooLarge, name(), "Failed to grow the L1 table: File too large",
                          "clusters of {} bytes cannot hold a disk of {} bytes", cluster_size(), new_size);
     }
-    if (new_size > h.size) co_return co_await grow(*this, new_size, preallocation, std::move(progress));
+    if (new_size > h.size) {
+        Result<> grown = co_await grow(*this, new_size, preallocation, std::move(progress));
+        fit_caches();
+        co_return grown;
+    }
     if (preallocation != Preallocation::kOff) {
         co_return fail(ErrorKind::kInvalid, "Preallocation can't be used for shrinking an image");
     }
@@ -126,7 +130,9 @@ Task<Result<>> Qcow2Node::resize(uint64_t new_size, Preallocation preallocation,
                        "Use the --shrink option to perform a shrink operation.; node '{}': from {} to {} bytes", name(),
                        h.size, new_size);
     }
-    co_return co_await shrink(*this, new_size);
+    Result<> shrunk = co_await shrink(*this, new_size);
+    fit_caches();
+    co_return shrunk;
 }
 
 }  // namespace gantry::block::qcow2

@@ -256,6 +256,7 @@ Task<Result<>> Qcow2Node::prepare_reopen(const json::object& options, const Node
     // What auto-read-only made of the node stays unless the option itself changes.
     next.writable = flags.read_only == this->flags().read_only ? next.was_writable : !flags.read_only;
     CO_TRY(next.options, write_options(schema::Options(options), image_.header, flags.discard, name()));
+    CO_TRY(next.caches, prepare_caches(options));
     if (next.writable && !next.was_writable) CO_CHECK(check_may_be_written(image_, name()));
     if (next.was_writable && !broken_.load(std::memory_order_relaxed)) {
         if (!next.writable) {
@@ -272,6 +273,8 @@ Task<Result<>> Qcow2Node::prepare_reopen(const json::object& options, const Node
             Metadata::Host& host = *this;
             next.metadata = std::make_shared<Metadata>(host, image_file_, image_, *l2_cache_, next.options);
             CO_CHECK(co_await next.metadata->load());
+        } else if (next.caches.l2) {
+            CO_CHECK(co_await metadata_->flush());
         }
     }
     reopening_ = std::move(next);
@@ -286,6 +289,8 @@ void Qcow2Node::commit_reopen() {
         metadata_ = std::move(reopening_->metadata);
         attach_log();
     }
+    // What a corrupt image could not write any more stays readable.
+    if (l2_cache_->dirty_count() == 0) adopt_caches(std::move(reopening_->caches));
 }
 
 void Qcow2Node::abort_reopen() {

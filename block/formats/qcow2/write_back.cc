@@ -157,11 +157,11 @@ Task<Result<>> Metadata::write_entries(const Taken& taken) {
     std::vector<FileWrite> writes;
     writes.reserve(taken.l2.slices.size());
     for (const L2SliceCache::Dirty& dirty : taken.l2.slices) {
-        const uint64_t l1_index = dirty.slice / slices_per_table_;
+        const uint64_t l1_index = dirty.slice / slices_per_table();
         const uint64_t table = l2_table_offset(l1_.get(l1_index));
         CHECK(table != 0, "a changed slice has a table");
         CO_CHECK(co_await check_l1_entry(l1_index));
-        writes.push_back({table + (dirty.slice % slices_per_table_) * slice_bytes, {dirty.bytes, slice_bytes}});
+        writes.push_back({table + (dirty.slice % slices_per_table()) * slice_bytes, {dirty.bytes, slice_bytes}});
     }
     CO_CHECK(co_await write_joined(std::move(writes), "L2 table"));
 

@@ -10,10 +10,12 @@
 
 namespace gantry::block::qcow2 {
 
-/// The options that a reopen may change.
-inline constexpr std::string_view kWriteOptionNames[] = {"lazy-refcounts",        "pass-discard-request",
-                                                         "pass-discard-snapshot", "pass-discard-other",
-                                                         "discard-no-unref",      "overlap-check"};
+/// The options that a reopen may change, those of the caches too.
+inline constexpr std::string_view kReopenOptionNames[] = {
+    "lazy-refcounts",      "pass-discard-request", "pass-discard-snapshot",
+    "pass-discard-other",  "discard-no-unref",     "overlap-check",
+    "cache-size",          "l2-cache-size",        "l2-cache-entry-size",
+    "refcount-cache-size", "cache-clean-interval"};
 
 /// kInvalid: what version 2 does not have; nonsense in overlap-check.
 Result<WriteOptions> write_options(const schema::Options& options, const Header& header, DiscardMode discard,
