@@ -204,9 +204,9 @@ class Qcow2Node final : public FormatNode, public ImageOperations, private Metad
                       uint64_t host) const;
     bool commit_plan(WritePlan& plan);
     /// Stores the entries of adjacent clusters, beginning at `offset`, in the pinned slice and in the mapping log.
-    /// `words`: entry_words() for each.
-    Task<Result<>> store_entries(L2SliceCache::Pin& pin, uint64_t offset, std::span<const uint64_t> words);
-    bool store_words(L2SliceCache::Pin& pin, uint64_t offset, std::span<const uint64_t> words);
+    /// `words`: entry_words() for each. False: they are stored, but the log had no room; then the places they named
+    /// before are given up as ever, and a write-back has to make the entries safe.
+    bool store_entries(L2SliceCache::Pin& pin, uint64_t offset, std::span<const uint64_t> words);
     /// The place that an entry named is not named by it any more.
     void free_place(const Entry& old, FreedBy by);
 
@@ -223,7 +223,7 @@ class Qcow2Node final : public FormatNode, public ImageOperations, private Metad
     // ---- write_compressed.cc ----
     Task<Result<std::optional<Buffer>>> encode(IoVec iov, uint64_t cluster_bytes);
     Task<Result<>> write_blob(Request& rq, uint64_t host, std::span<const uint8_t> blob);
-    Task<Result<>> link_blob(uint64_t offset, uint64_t host, uint64_t bytes);
+    Task<Result<>> link_blob(uint64_t offset, uint64_t host, uint64_t bytes, bool* linked);
 
     // ---- qcow2_node.cc, writable.cc ----
     /// Reports damage found while reading (the first time to the observer, each time as kCorrupt).

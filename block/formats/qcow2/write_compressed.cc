@@ -43,9 +43,10 @@ Task<Result<>> Qcow2Node::write_compressed(Request& rq, uint64_t offset, IoVec i
         auto guard = co_await m.mutex().lock();
         CO_TRY(host, co_await m.allocator().allocate_bytes(bytes));
     }
+    bool linked = false;
     Result<> written = co_await write_blob(rq, host, (*blob)->span());
-    if (written) written = co_await link_blob(offset, host, bytes);
-    if (!written) m.free_later(host, bytes, FreedBy::kNeverDiscard);
+    if (written) written = co_await link_blob(offset, host, bytes, &linked);
+    if (!linked) m.free_later(host, bytes, FreedBy::kNeverDiscard);
     co_return written;
 }
 
@@ -78,7 +79,8 @@ Task<Result<>> Qcow2Node::write_blob(Request& rq, uint64_t host, std::span<const
     co_return co_await file().write(rq, host, IoVec(iov));
 }
 
-Task<Result<>> Qcow2Node::link_blob(uint64_t offset, uint64_t host, uint64_t bytes) {
+/// `linked`: an entry names the blob, whatever the outcome.
+Task<Result<>> Qcow2Node::link_blob(uint64_t offset, uint64_t host, uint64_t bytes, bool* linked) {
     const Geometry& g = geometry();
     const Entry entry{.word = compressed_word(g, host, bytes)};
     if (entry.word == 0) {
@@ -92,8 +94,11 @@ Task<Result<>> Qcow2Node::link_blob(uint64_t offset, uint64_t host, uint64_t byt
     // A blob that was torn by a power cut is nothing at all.
     metadata_->need_barrier();
     const uint64_t words[] = {entry.word, entry.bitmap};
-    CO_CHECK(co_await store_entries(pin, offset, std::span(words).first(entry_words())));
+    const bool logged = store_entries(pin, offset, std::span(words).first(entry_words()));
+    *linked = true;
     free_place(old, FreedBy::kNeverDiscard);
+    pin.release();
+    if (!logged) CO_CHECK(co_await metadata_->write_back());
     kick_write_back();
     co_return Result<>();
 }

@@ -230,14 +230,14 @@ bool Qcow2Node::commit_plan(WritePlan& plan) {
         }
     }
     // After a power cut every sector shows old bytes or new ones: what a place held before must not show, nor may
-    // copied bytes be missing.
-    if (!state.fresh || !old_is_zero || plan.copied) metadata_->need_barrier();
+    // copied bytes be missing. What was never written is zeroes only where it is not deciphered.
+    if (!state.fresh || !old_is_zero || plan.copied || cipher_) metadata_->need_barrier();
 
     std::vector<Entry> old_entries;
     if (frees) {
         for (uint64_t i = 0; i < state.clusters; i++) old_entries.push_back(entry_in(state.pin, state.first + i * cs));
     }
-    const bool logged = store_words(state.pin, state.first, words.span());
+    const bool logged = store_entries(state.pin, state.first, words.span());
     for (const Entry& old : old_entries) free_place(old, FreedBy::kNeverDiscard);
     return logged;
 }
@@ -264,8 +264,8 @@ Task<void> Qcow2Node::abort_write(Request& rq, WritePlan& plan) {
 // ---- Entries ----
 
 /// Stores first, then logs: a write-back that takes the slices before the words are in them finds the record in the
-/// half of the log that it does not clear. False: the log is full, so a write-back has to make the words safe.
-bool Qcow2Node::store_words(L2SliceCache::Pin& pin, uint64_t offset, std::span<const uint64_t> words) {
+/// half of the log that it does not clear.
+bool Qcow2Node::store_entries(L2SliceCache::Pin& pin, uint64_t offset, std::span<const uint64_t> words) {
     pin.store(index_in_slice(offset) * entry_words(), words);
     MappingLog& log = metadata_->log();
     if (!log.attached()) return true;
@@ -283,11 +283,6 @@ bool Qcow2Node::store_words(L2SliceCache::Pin& pin, uint64_t offset, std::span<c
         if (!log.append(std::span(records).first(count))) return false;
     }
     return true;
-}
-
-Task<Result<>> Qcow2Node::store_entries(L2SliceCache::Pin& pin, uint64_t offset, std::span<const uint64_t> words) {
-    if (!store_words(pin, offset, words)) return metadata_->write_back();
-    return ready_task(Result<>());
 }
 
 void Qcow2Node::free_place(const Entry& old, FreedBy by) {

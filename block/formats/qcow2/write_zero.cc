@@ -153,10 +153,13 @@ Task<Result<>> Qcow2Node::change_slice(ZeroRequest z, uint64_t begin, uint64_t e
         if (z.may_unmap && has_own_place(g, next) && without_data) emptied.push_back(next);
     }
     if (!changed) co_return Result<>();
-    CO_CHECK(co_await store_entries(pin, first, words.span()));
+    const bool logged = store_entries(pin, first, words.span());
     for (const Entry& old : freed) free_place(old, FreedBy::kRequest);
     pin.release();
-    if (!metadata_->options().pass_discard_request) co_return Result<>();
+    if (!logged) CO_CHECK(co_await metadata_->write_back());
+    // What is discarded before the loss of its entry is stable may show through that entry: as zeroes, but deciphered
+    // zeroes are garbage.
+    if (!metadata_->options().pass_discard_request || cipher_) co_return Result<>();
 
     // Kept places go on being ours, and no request waits for them: their space may go at once.
     for (const Entry& entry : emptied) {
