@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -126,6 +127,8 @@ class Metadata {
     /// bit, session mark); flushed. The image is exact afterwards: check finds nothing. Writing may go on: the next
     /// allocation begins a session anew. Main loop, drained.
     Task<Result<>> settle();
+    /// The file is shorter than it was: what is written behind its end now makes it grow anew. Drained.
+    void file_was_cut() { stable_size_ = std::min(stable_size_, file_.size()); }
     /// With places waiting, many dirty slices or a log half full: asks for a background write-back.
     bool wants_write_back() const;
 

@@ -11,22 +11,24 @@ namespace {
 constexpr uint64_t kBufferBytes = uint64_t{2} << 20;
 constexpr uint64_t kPlanBytes = uint64_t{256} << 20;  // asked of one plan; it may answer for less
 
-/// The bytes at a plan's place read as zeroes afterwards.
-Task<Result<>> make_zero(const WritePlan& plan, Preallocation mode, uint64_t& highest) {
+/// The bytes at a plan's place read as zeroes afterwards, and lie inside the file.
+Task<Result<>> make_zero(Qcow2Node& node, const WritePlan& plan, Preallocation mode) {
     const uint64_t begin = plan.host_offset - (plan.guest_offset - plan.copy_begin);
     const uint64_t bytes = plan.copy_end - plan.copy_begin;
-    highest = std::max(highest, begin + bytes);
-    if (plan.in_place || (plan.fresh_reads_zero && mode == Preallocation::kMetadata)) co_return Result<>();
-    Request rq = Request::internal();
-    const WriteFlags flags = mode == Preallocation::kMetadata ? WriteFlags::kMayUnmap : WriteFlags::kNone;
-    co_return co_await plan.node->write_zeroes(rq, begin, bytes, flags);
+    if (!plan.fresh_reads_zero || mode != Preallocation::kMetadata) {
+        Request rq = Request::internal();
+        const WriteFlags flags = mode == Preallocation::kMetadata ? WriteFlags::kMayUnmap : WriteFlags::kNone;
+        co_return co_await plan.node->write_zeroes(rq, begin, bytes, flags);
+    }
+    if (begin + bytes <= node.image_file().size()) co_return Result<>();
+    co_return co_await node.image_file().truncate(begin + bytes);
 }
 
-Task<Result<uint64_t>> preallocate_piece(Qcow2Node& node, uint64_t at, uint64_t length, Preallocation mode,
-                                         uint64_t& highest) {
+Task<Result<uint64_t>> preallocate_piece(Qcow2Node& node, uint64_t at, uint64_t length, Preallocation mode) {
     Request rq = Request::internal();
     CO_TRY(WritePlan plan, co_await node.plan_write(rq, at, std::min(length, kPlanBytes), WriteFlags::kNone));
-    Result<> zeroed = co_await make_zero(plan, mode, highest);
+    if (plan.in_place) co_return plan.length;  // zeroes that hide a longer backing file
+    Result<> zeroed = co_await make_zero(node, plan, mode);
     if (!zeroed) {
         co_await node.abort_write(rq, plan);
         co_return std::unexpected(std::move(zeroed).error().context("Could not write zeros for preallocation"));
@@ -45,12 +47,11 @@ Task<Result<>> preallocate(Qcow2Node& node, uint64_t begin, uint64_t end, Preall
     CO_TRY(Buffer zeroes, Buffer::try_alloc(kBufferBytes));
     std::fill(zeroes.data(), zeroes.data() + zeroes.size(), uint8_t{0});
     Request rq = Request::internal();
-    uint64_t highest = 0;
     for (uint64_t at = begin; at < end;) {
         if (progress && !progress(at - begin, end - begin)) co_return fail(ErrorKind::kCancelled, "Operation canceled");
         const uint64_t in_cluster = at & (cluster - 1);
         if (!write_all && in_cluster == 0) {
-            CO_TRY(const uint64_t done, co_await preallocate_piece(node, at, end - at, mode, highest));
+            CO_TRY(const uint64_t done, co_await preallocate_piece(node, at, end - at, mode));
             at += done;
             continue;
         }
@@ -60,8 +61,7 @@ Task<Result<>> preallocate(Qcow2Node& node, uint64_t begin, uint64_t end, Preall
         CO_CHECK(co_await node.do_write(rq, at, IoVec(iov), WriteFlags::kNone));
         at += length;
     }
-    if (node.geometry().external_data || highest <= node.image_file().size()) co_return Result<>();
-    co_return co_await node.image_file().truncate(highest);
+    co_return Result<>();
 }
 
 }  // namespace gantry::block::qcow2

@@ -90,6 +90,7 @@ Task<Result<>> cut_file(Operation& op) {
     if (end >= op.file().size()) co_return Result<>();
     Result<> cut = co_await op.file().truncate(end);
     if (!cut) log::debug("node '{}': its file stays as long as it is: {}", op.node().name(), cut.error().message());
+    op.metadata().file_was_cut();
     co_return Result<>();
 }
 

@@ -66,6 +66,10 @@ struct TestFile : RecordingFile {
         if (yields) co_await yield_turn();
         co_return Result<>();
     }
+    void cut(uint64_t size) {
+        bytes.resize(size);
+        set_size(size);
+    }
     bool yields = false;
 };
 
@@ -273,6 +277,15 @@ TEST_CASE("qcow2: no entry is written that names what may lie behind the file", 
     pin->store(6, std::array{kReadsAsZero});
     REQUIRE(rig.flush() == "");
     CHECK(rig.trace(from) == "DF2F2F");
+
+    // A file that was cut grows anew, also where it was as long before.
+    rig.node->cut(end);
+    rig.metadata->file_was_cut();
+    const size_t again = rig.node->ops.size();
+    REQUIRE(rig.run(rig.file.write(end, data, "data")) == "");
+    pin->store(7, std::array{end | kCopied});
+    REQUIRE(rig.flush() == "");
+    CHECK(rig.trace(again) == "DF2F");
 }
 
 TEST_CASE("qcow2: adjacent slices are written together", "[qcow2][write-back]") {
