@@ -1,5 +1,6 @@
 // OpenContext: how a driver's open function gets its children.
 
+#include <algorithm>
 #include <charconv>
 #include <filesystem>
 
@@ -98,14 +99,34 @@ void OpenContext::hand_over(Node& node) {
 
 namespace {
 
-/// The protocol level of a definition: itself or its innermost "file".
-const json::object* protocol_of(const json::object& definition) {
-    const json::object* level = &definition;
-    while (const json::value* below = level->if_contains("file")) {
-        if (!below->is_object()) return nullptr;
-        level = &below->get_object();
+/// Adds the files that a definition names, one for each node in it that has none below; false when one of these is no
+/// local file. Children may stand under any name and in lists: all of them count.
+using Paths = std::vector<std::string>;
+bool collect_paths(const json::value& value, Paths& paths, int depth);
+
+bool collect_paths(const json::object& object, Paths& paths, int depth) {
+    constexpr int kMaxDepth = 64;
+    if (depth > kMaxDepth) return false;
+    const size_t before = paths.size();
+    for (const auto& member : object) {
+        if (!collect_paths(member.value(), paths, depth + 1)) return false;
     }
-    return level;
+    const json::value* driver = object.if_contains("driver");
+    if (!driver) return true;
+    const json::value* filename = object.if_contains("filename");
+    const bool local = *driver == "file" || *driver == "host_device";
+    if (local && filename && filename->is_string()) {
+        paths.emplace_back(filename->get_string());
+        return true;
+    }
+    return !local && paths.size() > before;
+}
+
+bool collect_paths(const json::value& value, Paths& paths, int depth) {
+    if (value.is_object()) return collect_paths(value.get_object(), paths, depth);
+    if (!value.is_array()) return true;
+    return std::ranges::all_of(value.get_array(),
+                               [&](const json::value& element) { return collect_paths(element, paths, depth + 1); });
 }
 
 /// Whether `path` lies, symbolic links resolved, in one of the directories. Blocking.
@@ -128,18 +149,18 @@ Task<Result<Node*>> OpenContext::open_implicit(std::string_view name, ChildRole 
     const std::string child_name(name);
     const ImageReferencePolicy& policy = graph_->image_references();
     if (!policy.allow_all) {
-        const json::object* protocol = protocol_of(definition);
-        const json::value* driver = protocol ? protocol->if_contains("driver") : nullptr;
-        const json::value* filename = protocol ? protocol->if_contains("filename") : nullptr;
-        const bool local =
-            driver && filename && filename->is_string() && (*driver == "file" || *driver == "host_device");
-        const std::string path = local ? std::string(filename->get_string()) : std::string();
+        Paths paths;
+        const bool local = collect_paths(definition, paths, 0) && !paths.empty();
         const std::vector<std::string> directories = policy.allowed_directories;
-        const bool inside = local && co_await run_blocking([&] { return lies_inside(path, directories); });
+        const auto outside = [&] {
+            return std::ranges::find_if_not(paths, [&](const auto& path) { return lies_inside(path, directories); });
+        };
+        const bool inside = local && co_await run_blocking([&] { return outside() == paths.end(); });
         if (!inside) {
             co_return fail(ErrorKind::kPermission,
                            "node '{}': the image names '{}' as its {} file, which it may not; give '{}' explicitly",
-                           node_name_, local ? path : json::serialize(definition), child_name, child_name);
+                           node_name_, local && paths.size() == 1 ? paths.front() : json::serialize(definition),
+                           child_name, child_name);
         }
     }
     const NodeFlags flags = inherited_flags(flags_, role);

@@ -3,6 +3,7 @@
 #include <charconv>
 #include <optional>
 
+#include "block/node.h"
 #include "schema/json_dialect.h"
 
 namespace gantry::block {
@@ -176,8 +177,10 @@ Result<json::object> clean_object(json::object object, int depth) {
     json::object out;
     for (auto& member : object) {
         const std::string_view key = member.key();
-        if (key == "node-name") continue;
         const std::string_view last = key.substr(key.rfind('.') + 1);
+        if (last == "node-name") continue;
+        // What an image refers to is read, whatever it says itself.
+        if (last == "read-only" || last == "auto-read-only") continue;
         const bool is_child = last == "file" || last == "backing" || last == "data-file" || last == "target" ||
                               last == "image" || last == "raw" || last == "test" || last == "log" || last == "header";
         if (is_child && member.value().is_string() && !member.value().get_string().empty()) {
@@ -260,6 +263,17 @@ Result<json::object> protocol_options(std::string_view name) {
     if (is_uri && protocol.starts_with("nbd")) return nbd_uri(name);
     if (is_uri && protocol == "ssh") return ssh_uri(name);
     return fail(ErrorKind::kUnsupported, "Unknown protocol '{}'", protocol);
+}
+
+std::string own_file_name(const Node& file) {
+    std::string name = file.filename();
+    for (const Node* node = &file; name.starts_with("json:");) {
+        const Child* below = node->child("file");
+        if (!below) break;
+        node = below->node.get();
+        name = node->filename();
+    }
+    return name;
 }
 
 Result<json::object> json_name_options(std::string_view name) {

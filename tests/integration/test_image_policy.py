@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Which files an image may name: the operator's --image-references decides; what a definition says is always allowed."""
 
+import json
 import os
 import pathlib
 import sys
@@ -54,6 +55,78 @@ class ImagePolicy(Case):
         qmp.cmd("blockdev-del", **{"node-name": "n"})
         data = {"driver": "file", "filename": self.path("data.raw")}
         qmp.cmd("blockdev-add", self.add(qmp, "data.qcow2", **{"data-file": data}))
+
+    def rename_backing(self, name, backing, image="renamed.qcow2"):
+        """An image whose backing file is called `name` word for word, whatever that leads to."""
+        self.run_tool("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", self.path(backing), self.path(image))
+        self.run_tool("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", name, self.path(image))
+        return image
+
+    def test_no_name_leads_around_it(self):
+        qmp = self.daemon("--image-references", self.path("vault")).monitor()
+        inside = {"driver": "file", "filename": self.path("vault/base.raw")}
+        outside = {"driver": "file", "filename": self.path("base.raw")}
+        self.run_tool("qemu-img", "create", "-q", "-f", "qcow2", self.path("vault/top.qcow2"), "1M")
+        os.symlink(self.path("base.raw"), self.path("vault/link.raw"))
+        os.symlink(self.path("vault"), self.path("way-in"))
+        qcow2 = {"driver": "qcow2", "file": {"driver": "file", "filename": self.path("vault/top.qcow2")}}
+        names = [
+            "vault/link.raw",
+            "./vault/./../vault/link.raw",
+            "file:" + self.path("base.raw"),
+            "nbd://localhost/export",
+            "nbd+unix:///x?socket=" + self.path("vault/socket"),
+            "json:" + json.dumps({"driver": "raw", "file": outside}),
+            "json:" + json.dumps(dict(qcow2, backing={"driver": "raw", "file": outside})),
+            "json:" + json.dumps(dict(qcow2, backing=outside)),
+            'json:{"driver":"qcow2","file.driver":"file","file.filename":"%s","backing.driver":"file",'
+            '"backing.filename":"%s"}' % (self.path("vault/top.qcow2"), self.path("base.raw")),
+            'json:{"driver":"raw","file":{"driver":"null-co","size":512}}',
+        ]
+        for number, name in enumerate(names):
+            with self.subTest(name):
+                image = self.rename_backing(name, "base.raw", f"around{number}.qcow2")
+                error = qmp.error("blockdev-add", self.add(qmp, image))[1]
+                self.assertRegex(error, "which it may not|does not accept value 'nbd'" if "nbd" in name
+                                 else "which it may not")
+        for number, name in enumerate((os.path.join(self.path("way-in"), "base.raw"),
+                                       "json:" + json.dumps(dict(qcow2, backing={"driver": "raw", "file": inside})))):
+            with self.subTest(name):
+                image = self.rename_backing(name, "base.raw", f"within{number}.qcow2")
+                qmp.cmd("blockdev-add", self.add(qmp, image))
+                qmp.cmd("blockdev-del", **{"node-name": "n"})
+        self.assertEqual([], qmp.cmd("query-named-block-nodes"))
+
+    def test_the_backing_file_of_a_backing_file_counts(self):
+        qmp = self.daemon("--image-references", self.path("vault")).monitor()
+        self.run_tool("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", self.path("base.raw"),
+                      self.path("vault/middle.qcow2"))
+        self.run_tool("qemu-img", "create", "-q", "-f", "qcow2", "-o",
+                      f"data_file={self.path('data2.raw')}", self.path("vault/data.qcow2"), "1M")
+        for number, below in enumerate(("vault/middle.qcow2", "vault/data.qcow2")):
+            image = f"chain{number}.qcow2"
+            self.run_tool("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", self.path(below),
+                          self.path(image))
+            self.assertIn("which it may not", qmp.error("blockdev-add", self.add(qmp, image))[1])
+            self.assertIn("which it may not", qmp.error("blockdev-add", self.add(
+                qmp, image, backing=self.definition(below)))[1])
+        self.assertEqual([], qmp.cmd("query-named-block-nodes"))
+
+    def definition(self, image):
+        return {"driver": "qcow2", "file": {"driver": "file", "filename": self.path(image)}}
+
+    def test_what_a_stored_name_describes_is_never_opened_for_writing(self):
+        self.run_tool("qemu-img", "create", "-q", "-f", "qcow2", self.path("victim.qcow2"), "1M")
+        self.run_tool("qemu-img", "bitmap", "--add", self.path("victim.qcow2"), "b")
+        before = pathlib.Path(self.path("victim.qcow2")).read_bytes()
+        name = "json:" + json.dumps(dict(self.definition("victim.qcow2"), **{"read-only": False}))
+        image = self.rename_backing(name, "base.raw")
+        qmp = self.daemon().monitor()
+        qmp.cmd("blockdev-add", self.add(qmp, image))
+        nodes = qmp.cmd("query-named-block-nodes")
+        self.assertEqual({True}, {node["ro"] for node in nodes})
+        qmp.cmd("blockdev-del", **{"node-name": "n"})
+        self.assertEqual(before, pathlib.Path(self.path("victim.qcow2")).read_bytes())
 
     def test_options_count_from_their_place_on(self):
         image = f"driver=qcow2,node-name=n,read-only=on,file.driver=file,file.filename={self.path('outside.qcow2')}"

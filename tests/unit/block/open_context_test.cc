@@ -166,6 +166,25 @@ TEST_CASE("open: files that an image names must lie where the operator allows", 
     CHECK_THAT(f.add(with(inside.path() + "x/base.raw")), StartsWith("node 'o': the image names"));
     CHECK_THAT(f.add("{'driver':'image','node-name':'o','file':{'driver':'null-co'},'recorded':{'driver':'null-co'}}"),
                StartsWith("node 'o': the image names"));
+    // Every file that a description names counts, wherever in it the child stands.
+    const std::string good = "{'driver':'file','filename':'" + inside.path() + "/base.raw','size':512}";
+    const std::string bad = "{'driver':'file','filename':'/etc/passwd'}";
+    const auto described = [&](const std::string& children) {
+        return f.add("{'driver':'image','node-name':'o','file':{'driver':'null-co'},'recorded':" + children + "}");
+    };
+    CHECK(described("{'driver':'image','file':" + good + ",'backing':" + good + "}") == "");
+    CHECK(f.remove("o") == "");
+    for (const std::string& children : {
+             "{'driver':'image','file':" + good + ",'backing':" + bad + "}",
+             "{'driver':'image','file':" + good + ",'backing':{'driver':'raw','file':" + bad + "}}",
+             "{'driver':'image','file':" + good + ",'data-file':{'driver':'null-co'}}",
+             "{'driver':'list','children':[" + good + "," + bad + "]}",
+             "{'driver':'raw','file':{'driver':'nbd','server':{'type':'unix','path':'" + inside.path() + "/s'}}}",
+             std::string("{'driver':'raw','file':'image'}"),
+         }) {
+        INFO(children);
+        CHECK_THAT(described(children), StartsWith("node 'o': the image names"));
+    }
     CHECK(f.names() == "");
 }
 
