@@ -207,7 +207,9 @@ Task<Result<>> Qcow2Node::snapshot_apply(std::string id_or_name) {
     Operation op(*this);
     CO_CHECK(co_await op.begin());
     Result<> done = co_await apply_steps(op, snapshot);
-    co_return co_await conclude(op, std::move(done));
+    done = co_await conclude(op, std::move(done));
+    fit_caches();
+    co_return done;
 }
 
 Task<Result<>> Qcow2Node::snapshot_delete(std::string id, std::string snapshot_name) {
