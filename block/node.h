@@ -195,6 +195,10 @@ class Node : public std::enable_shared_from_this<Node> {
 
     /// The plain name when driver and path alone describe the node, else "json:{...}"; at most 1023 bytes.
     virtual std::string filename() const;
+    /// Whether an option says how the node works and not what it shows: filename() leaves it out.
+    virtual bool is_tuning(std::string_view option) const;
+    /// Whether driver and path lead to what this node shows.
+    virtual bool path_suffices() const;
     virtual Task<Result<ImageInfo>> image_info();
     /// What can be done to the image as a whole; null: nothing (protocols, filters).
     virtual ImageOperations* image_operations() { return nullptr; }

@@ -57,7 +57,7 @@ namespace {
 json::object essence_of(const Node& node) {
     json::object essence;
     for (const auto& [key, value] : node.options()) {
-        if (!is_generic(key)) essence[key] = value;
+        if (!node.is_tuning(key)) essence[key] = value;
     }
     for (const auto& edge : node.children()) {
         // Elements of a list stay as they were given.
@@ -68,13 +68,18 @@ json::object essence_of(const Node& node) {
 
 }  // namespace
 
+bool Node::is_tuning(std::string_view option) const { return is_generic(option); }
+
+bool Node::path_suffices() const {
+    return std::ranges::all_of(options_, [this](const auto& member) {
+        return is_tuning(member.key()) || member.key() == "driver" || member.key() == "file";
+    });
+}
+
 std::string Node::filename() const {
     static constexpr size_t kMaxBytes = 1023;
     const Child* below = child("file");
-    const bool plain_options = std::ranges::all_of(options_, [](const auto& member) {
-        return is_generic(member.key()) || member.key() == "driver" || member.key() == "file";
-    });
-    if (below && plain_options) {
+    if (below && path_suffices()) {
         std::string name = below->node->filename();
         if (!name.starts_with("json:")) return name;
     }
@@ -90,7 +95,10 @@ Task<Result<ImageInfo>> Node::image_info() {
         // Kept alive: the graph may change while it looks at its file.
         const std::shared_ptr<Node> file = below->node;
         Result<ImageInfo> inner = co_await file->image_info();
-        if (inner) info.actual_size = inner->actual_size;
+        if (inner) {
+            info.actual_size = inner->actual_size;
+            info.dirty = inner->dirty;
+        }
     }
     co_return info;
 }

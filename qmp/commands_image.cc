@@ -1,5 +1,6 @@
 // Internal snapshots, change-backing-file, x-blockdev-amend.
 
+#include <algorithm>
 #include <chrono>
 
 #include "block/image_control.h"
@@ -28,11 +29,19 @@ Result<> check_writable(const Node& node) {
     return fail(ErrorKind::kReadOnly, "Device '{}' is read only", node.name());
 }
 
+/// Snapshots are of a whole disk: of the top of a chain, with no node above it.
+Result<> check_is_root(const Node& node) {
+    if (node.parents().empty()) return {};
+    return fail(ErrorKind::kInvalid, "Need a root block node; node '{}' is used by node '{}'", node.name(),
+                node.parents().front()->parent->name());
+}
+
 Task<Result<json::value>> snapshot_internal(Services& services, json::object arguments) {
     const schema::Options options(arguments);
     const std::string device = options.str("device"), name = options.str("name");
     CO_TRY(Node * found, services.graph.lookup(device, device));
     const std::shared_ptr<Node> node = found->shared_from_this();
+    CO_CHECK(check_is_root(*node));
     CO_CHECK(check_writable(*node));
     if (!node->image_operations()) {
         co_return fail(ErrorKind::kUnsupported,
@@ -53,27 +62,35 @@ Task<Result<json::value>> snapshot_internal(Services& services, json::object arg
     co_return done({});
 }
 
+/// The first snapshot that the id and the name given (nullptr: any) both fit.
+const block::SnapshotInfo* find_snapshot(const block::ImageInfo& info, const std::string* id, const std::string* name) {
+    const auto fits = [&](const block::SnapshotInfo& s) { return (!id || s.id == *id) && (!name || s.name == *name); };
+    const auto found = std::ranges::find_if(info.snapshots, fits);
+    return found == info.snapshots.end() ? nullptr : &*found;
+}
+
 Task<Result<json::value>> snapshot_delete_internal(Services& services, json::object arguments) {
     const schema::Options options(arguments);
     const std::string device = options.str("device"), id = options.str("id"), name = options.str("name");
+    const bool by_id = options.has("id"), by_name = options.has("name");
     CO_TRY(Node * found, services.graph.lookup(device, device));
     const std::shared_ptr<Node> node = found->shared_from_this();
-    if (id.empty() && name.empty()) co_return fail(ErrorKind::kInvalid, "Name or id must be provided");
-    CO_CHECK(check_writable(*node));
+    CO_CHECK(check_is_root(*node));
+    if (!by_id && !by_name) co_return fail(ErrorKind::kInvalid, "Name or id must be provided");
     if (!node->image_operations()) {
         co_return fail(ErrorKind::kUnsupported,
-                       "Block format '{}' used by device '{}' does not support internal snapshot deletion",
-                       node->driver(), device);
+                       "Failed to get a snapshot list: Operation not supported; format '{}' of node '{}' has none",
+                       node->driver(), node->name());
     }
     CO_TRY(const block::ImageInfo info, co_await node->image_info());
-    json::object deleted;
-    for (const block::SnapshotInfo& s : info.snapshots) {
-        if ((!id.empty() && s.id != id) || (!name.empty() && s.name != name)) continue;
-        deleted = snapshot_json(s);
-        break;
+    const block::SnapshotInfo* snapshot = find_snapshot(info, by_id ? &id : nullptr, by_name ? &name : nullptr);
+    if (!snapshot) {
+        co_return fail(ErrorKind::kNotFound, "Snapshot with id '{}' and name '{}' does not exist on device '{}'",
+                       by_id ? id : "null", by_name ? name : "null", device);
     }
-    CO_CHECK(co_await block::delete_snapshot(services.graph, *node, id, name));
-    co_return json::value(std::move(deleted));
+    CO_CHECK(check_writable(*node));
+    CO_CHECK(co_await block::delete_snapshot(services.graph, *node, snapshot->id, snapshot->name));
+    co_return json::value(snapshot_json(*snapshot));
 }
 
 /// `image` or one of those below it is `wanted`.

@@ -11,6 +11,11 @@
 
 namespace gantry::block {
 
+class Node;
+
+/// The name by which an image's own file is known, below any filters.
+std::string own_file_name(const Node& file);
+
 /// "json:", "nbd:", "http:" ... : something up to a colon before the first slash.
 bool has_protocol_prefix(std::string_view name);
 

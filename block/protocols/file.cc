@@ -180,6 +180,7 @@ Task<Result<ImageInfo>> FileNode::image_info() {
     if (--looks_ == 0) looked_.notify_all();
     if (r) co_return fail_errno(r, "Could not look at '{}'", filename());
     info.actual_size = static_cast<uint64_t>(st.st_blocks) * 512;
+    info.dirty = false;
     co_return info;
 }
 

@@ -9,21 +9,9 @@ namespace gantry::block::qcow2 {
 
 namespace {
 
-/// The name by which the image's own file is known, below any filters.
-std::string own_filename(const Node& file) {
-    std::string name = file.filename();
-    for (const Node* node = &file; name.starts_with("json:");) {
-        const Child* below = node->child("file");
-        if (!below) break;
-        node = below->node.get();
-        name = node->filename();
-    }
-    return name;
-}
-
 Result<> check_names(const Geometry& geometry, std::string_view node, const std::string& file,
                      const std::string& format) {
-    const std::string sentence = fmt::format("Could not change the backing file to '{}': Invalid argument", file);
+    const std::string sentence = fmt::format("Could not change backing file to '{}': Invalid argument", file);
     if (!file.empty() && geometry.raw_external_data) {
         return refuse(ErrorKind::kInvalid, node, sentence,
                       "its raw data file alone is the disk; a backing file would not show");
@@ -57,11 +45,11 @@ Task<Result<>> Qcow2Node::change_backing(std::string file_name, std::string form
         image_.backing_name = std::move(old_name);
         image_.extensions.backing_format = std::move(old_format);
         co_return std::unexpected(
-            std::move(written).error().context(fmt::format("Could not change the backing file to '{}'", file_name)));
+            std::move(written).error().context(fmt::format("Could not change backing file to '{}'", file_name)));
     }
     image_.full_backing_name.clear();
     if (!file_name.empty()) {
-        Result<std::string> full = resolve_image_name(own_filename(file()), file_name);
+        Result<std::string> full = resolve_image_name(own_file_name(file()), file_name);
         if (full) image_.full_backing_name = std::move(*full);
     }
     co_return Result<>();

@@ -22,18 +22,6 @@ namespace qcow2 {
 
 namespace {
 
-/// The name by which the image's own file is known, below any filters.
-std::string image_filename(const Node& file) {
-    std::string name = file.filename();
-    for (const Node* node = &file; name.starts_with("json:");) {
-        const Child* below = node->child("file");
-        if (!below) break;
-        node = below->node.get();
-        name = node->filename();
-    }
-    return name;
-}
-
 /// Whether the image becomes writable. Auto-read-only falls back only where the file below cannot be written.
 Result<bool> opens_writable(const OpenContext& ctx, const Node& file, const Image& image) {
     const NodeFlags& flags = ctx.flags();
@@ -152,7 +140,7 @@ Task<Result<std::shared_ptr<Node>>> open(OpenContext& ctx) {
                                                   ctx.graph().opens_locked, name));
     CO_TRY(image.caches, cache_sizes(options, image.geometry, image.disk_size, name));
 
-    const std::string base = image_filename(*file);
+    const std::string base = own_file_name(*file);
     const bool follows_backing = !ctx.child_given("backing") && !ctx.child_refused("backing");
     if (!image.backing_name.empty()) {
         Result<std::string> full = resolve_image_name(base, image.backing_name);

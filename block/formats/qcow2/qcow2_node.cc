@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "block/formats/image_reference.h"
+#include "block/formats/qcow2/write_options.h"
 #include "block/graph.h"
 #include "block/observer.h"
 #include "runtime/log.h"
@@ -150,6 +152,26 @@ Error Qcow2Node::corrupt(std::string message, std::optional<uint64_t> offset, st
         tell_observer(message, offset, size, false);
     }
     return Error(ErrorKind::kCorrupt, fmt::format("node '{}': image is corrupt: {}", name(), message), EIO);
+}
+
+bool Qcow2Node::is_tuning(std::string_view option) const {
+    return FormatNode::is_tuning(option) ||
+           std::ranges::find(kReopenOptionNames, option) != std::end(kReopenOptionNames);
+}
+
+bool Qcow2Node::path_suffices() const {
+    // Files given explicitly may be those that the image names; the one it names may have changed since.
+    const Child* const backing = child("backing");
+    if (backing ? backing->node->filename() != image_.full_backing_name : !image_.backing_name.empty()) return false;
+    for (const auto& member : options()) {
+        const std::string_view key = member.key();
+        if (is_tuning(key) || key == "driver" || key == "file" || key == "backing") continue;
+        const Child* const given = key == "data-file" ? child(key) : nullptr;
+        if (!given) return false;
+        const Result<std::string> named = resolve_image_name(own_file_name(file()), image_.extensions.data_file);
+        if (!named || given->node->filename() != *named) return false;
+    }
+    return true;
 }
 
 Task<Result<ImageInfo>> Qcow2Node::image_info() {

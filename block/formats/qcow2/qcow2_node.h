@@ -82,6 +82,8 @@ class Qcow2Node final : public FormatNode, public ImageOperations, private Metad
     Task<Result<>> opened() override;
     Task<Result<>> reopened(bool committed) override;
     Task<Result<ImageInfo>> image_info() override;
+    bool is_tuning(std::string_view option) const override;
+    bool path_suffices() const override;
     uint32_t cluster_size() const override { return static_cast<uint32_t>(geometry().cluster_size()); }
     Task<void> quiesce() override;
     void unquiesce() override;
