@@ -137,6 +137,9 @@ class Node : public std::enable_shared_from_this<Node> {
         if (r == 0) note_highest(offset + iov.bytes);
         return r;
     }
+    /// A request at `offset` (any number) comes next: what finding its place needs may begin to move into the CPU's
+    /// cache. Changes nothing; under the same rules as try_read.
+    virtual void expect(uint64_t offset) const {}
 
     // ---- Driver part: called by the request layer with aligned, in-bounds, split requests ----
 

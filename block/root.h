@@ -57,6 +57,8 @@ class Channel {
     /// statistics unless -EAGAIN. try_write never answers with kFua or when the root is writethrough.
     int try_read(uint64_t offset, const IoVec& iov);
     int try_write(uint64_t offset, const IoVec& iov, WriteFlags flags);
+    /// Node::expect; not while quiesced.
+    void expect(uint64_t offset) const { node_->expect(offset); }
 
     /// While quiesced exporters stop taking requests from their clients: `while (ch.quiesced()) co_await ch.resumed();`
     bool quiesced() const { return quiesced_ != 0; }

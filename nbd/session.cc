@@ -137,8 +137,14 @@ Session::Need Session::process() {
         pos_ += kRequestSize;
         ++requests_;
         ++turn_requests_;
+        expect_next(pos_);
         dispatch(rq);
     }
+}
+
+/// Looks ahead at the header that may be at `at`: whatever it holds, it is only a hint.
+void Session::expect_next(size_t at) const {
+    if (at + kRequestSize <= end_) channel_.expect(decode_request(in_.data() + at).offset);
 }
 
 void Session::dispatch(const RequestHeader& rq) {
@@ -193,6 +199,7 @@ bool Session::start_write(const RequestHeader& rq, size_t available, Need& need)
     ++requests_;
     ++turn_requests_;
     if (verdict.error == kWireOk) {
+        expect_next(pos_);
         write_now(rq, data);
     } else {
         reply_error(rq, verdict.error, verdict.reason);

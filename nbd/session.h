@@ -67,6 +67,7 @@ class Session {
     enum class Need : uint8_t { kInput, kPayload, kSkip, kPause, kRoom, kResume, kEnd };
     /// Handles what is buffered; says what is needed to go on. Never waits.
     Need process();
+    void expect_next(size_t at) const;
     void dispatch(const RequestHeader& rq);
     /// A WRITE request begins at the front of the buffer.
     bool start_write(const RequestHeader& rq, size_t available, Need& need);

@@ -154,22 +154,25 @@ class Qcow2Node final : public FormatNode, public ImageOperations, private Metad
         std::optional<Error> error;
     };
     struct Plan;
-    /// A reopen between prepare and commit.
-    struct Reopening {
     struct NewCaches {
         CacheSizes sizes;
         std::unique_ptr<L2SliceCache> l2;  // null: it stays
     };
+    /// A reopen between prepare and commit.
+    struct Reopening {
         bool was_writable = false, writable = false;
         bool stored = false;  // bitmaps are stored and unmarked
         WriteOptions options;
+        NewCaches caches;
         std::shared_ptr<Metadata> metadata;  // writable before and after, with other options
     };
-        NewCaches caches;
 
     Qcow2Node(std::string name, NodeFlags flags, Image image, Setup setup, Graph& graph);
 
     // ---- map.cc ----
+    void expect(uint64_t offset) const override {
+        if (offset < size()) l2_cache_->prefetch(slice_of(offset), index_in_slice(offset) * entry_words());
+    }
     uint64_t slice_of(uint64_t offset) const { return offset >> slice_shift_; }
     uint64_t slice_end(uint64_t offset) const { return (slice_of(offset) + 1) << slice_shift_; }
     uint64_t l1_entry(uint64_t offset) const;
@@ -236,12 +239,11 @@ class Qcow2Node final : public FormatNode, public ImageOperations, private Metad
     void retire_places(std::function<void()> fn) override { retire(std::move(fn)); }
     Task<Error> corrupt_on_write(std::string message, uint64_t offset, uint64_t bytes) override;
     Node* data_file() override;
+    void header_lost(const Error& error) override;
 
-    Task<void> clean_caches();
-    Task<Result<>> become_writable();
     // ---- caches.cc ----
     static uint32_t slice_shift_of(const Image& image);
-    Task<Result<>> repair_after_crash();
+    Task<void> clean_caches();
     /// What `options` make of the caches of the disk as it is.
     Result<NewCaches> prepare_caches(const json::object& options) const;
     /// Drained, nothing is dirty.
@@ -249,6 +251,8 @@ class Qcow2Node final : public FormatNode, public ImageOperations, private Metad
     /// The disk's size has changed, drained.
     void fit_caches();
 
+    Task<Result<>> become_writable();
+    Task<Result<>> repair_after_crash();
     void attach_log();
     Task<Result<>> replay_log();
     Task<Result<>> replay(MappingRecord record);
@@ -283,7 +287,8 @@ class Qcow2Node final : public FormatNode, public ImageOperations, private Metad
     std::array<std::mutex, 16> entry_mutexes_;
     std::atomic<uint64_t> slice_loads_{0}, decodes_{0};
     std::atomic<bool> damage_reported_{false};
-    std::atomic<bool> broken_{false};  // marked corrupt: no write any more
+    std::atomic<bool> broken_{false};  // marked corrupt, or header_lost_: no write any more
+    std::atomic<bool> header_lost_{false};
     Timer clean_timer_;                // main loop
     TaskScope background_;             // main loop
     Timer write_back_timer_;           // main loop
