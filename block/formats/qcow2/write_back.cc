@@ -241,7 +241,15 @@ Task<Result<>> Metadata::apply_freed(std::vector<Freed> freed) {
         // A place is handed out again under the mutex: until then its space goes back undisturbed.
         auto guard = co_await mutex_.lock();
         for (size_t i = 0; i < freed.size(); i++) {
-            Result<std::vector<HostRun>> gone = co_await allocator_.free(freed[i].offset, freed[i].bytes);
+            Result<std::vector<HostRun>> gone;
+            // Tables of L2 are given up, too; guest data never lay on metadata, unless the entry was a bad one.
+            const auto what =
+                freed[i].by != FreedBy::kOther ? overlap_.what(freed[i].offset, freed[i].bytes) : std::nullopt;
+            if (what) {
+                gone = fail(ErrorKind::kCorrupt, "{} at {:#x}", structure_name(*what), freed[i].offset);
+            } else {
+                gone = co_await allocator_.free(freed[i].offset, freed[i].bytes);
+            }
             if (!gone) {
                 const ErrorKind kind = gone.error().kind();
                 result = std::unexpected(std::move(gone).error());
@@ -257,8 +265,9 @@ Task<Result<>> Metadata::apply_freed(std::vector<Freed> freed) {
         }
     }
     if (damaged) {
-        (void)co_await host_.corrupt_on_write(fmt::format("freeing what is not in use: {}", result.error().message()),
-                                              damaged->offset, damaged->bytes);
+        (void)co_await host_.corrupt_on_write(
+            fmt::format("freeing what is no guest data: {}", result.error().message()), damaged->offset,
+            damaged->bytes);
     }
     co_return result;
 }

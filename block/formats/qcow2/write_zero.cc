@@ -143,6 +143,8 @@ Task<Result<>> Qcow2Node::change_slice(ZeroRequest z, uint64_t begin, uint64_t e
         words.push(next, g.extended_l2);
         if (next == old) continue;
         changed = true;
+        // Its space may go back to the host at once.
+        if (has_place(g, next)) CO_CHECK(co_await check_place(place_of(next), cs));
         const bool loses_place = has_place(g, old) && !has_place(g, next);
         if (old.is_compressed() || loses_place) freed.push_back(old);
         if (g.external_data && loses_place) {

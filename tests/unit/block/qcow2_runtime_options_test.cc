@@ -206,6 +206,47 @@ TEST_CASE("qcow2: each structure is guarded by its own switch of overlap-check",
     CHECK(guarded("all"));
 }
 
+TEST_CASE("qcow2: what an entry gives up is not taken from metadata", "[qcow2][options][overlap][corrupt]") {
+    const uint64_t place =
+        GENERATE(TinyImage::kL1, TinyImage::kL2, TinyImage::kRefcountTable, TinyImage::kRefcountBlock);
+    const std::string action = GENERATE("discard", "zeroes", "discard without unref", "write", "compressed");
+    INFO(action << " at " << place);
+    TinyImage image;
+    uint64_t entry = place | (action == "write" ? 0 : TinyImage::kCopied);
+    if (action == "compressed") entry = place | uint64_t{1} << 62;
+    image.put64(TinyImage::kL2 + 8, entry);
+    OptionsFixture f;
+    f.put_memory(image);
+    const std::vector<uint8_t> before = MemoryDisk::named("image")->bytes(place, TinyImage::kCluster);
+    REQUIRE(f.open_made({{"discard-no-unref", action == "discard without unref"}}) == "");
+    std::string refused;
+    if (action == "write") {
+        refused = f.write(TinyImage::kCluster, TinyImage::kCluster, 'x');
+    } else if (action == "zeroes") {
+        refused = f.zero(TinyImage::kCluster, TinyImage::kCluster, WriteFlags::kMayUnmap);
+    } else {
+        refused = f.discard(TinyImage::kCluster, TinyImage::kCluster);
+    }
+    if (refused.empty()) refused = f.flush();
+    f.settle();
+    if (refused.empty()) refused = f.flush();
+    CAPTURE(refused);
+    const auto disk = MemoryDisk::named("image");
+    REQUIRE(f.observer.events.size() == 1);
+    CHECK(f.observer.events[0].fatal);
+    CHECK(disk->bytes(72, 8)[7] == 2);
+    // Only the table that holds the entry may have changed, by losing it; and counts, by those of new clusters.
+    const std::vector<uint8_t> after = disk->bytes(place, TinyImage::kCluster);
+    for (uint64_t i = 0; i < after.size(); i++) {
+        if (place == TinyImage::kL2 && i / 8 == 1) continue;
+        if (place < TinyImage::kL1 && action == "write" && before[i] == 0) continue;
+        if (after[i] != before[i]) FAIL("byte " << i << " has changed");
+    }
+    f.close();
+    REQUIRE(f.open({{"file", OptionsFixture::file()}}) == "");
+    CHECK(f.filled_with(0, TinyImage::kCluster) == 'a');
+}
+
 TEST_CASE("qcow2: the header is no place for data even where nobody counts it", "[qcow2][options][overlap][corrupt]") {
     // No entry can name it: place 0 is no place. But its cluster may seem to be free.
     const json::value check =
