@@ -122,6 +122,7 @@ Task<Result<>> write_version(Operation& op, Header old) {
 }  // namespace
 
 Task<Result<>> upgrade_version(Operation& op) {
+    CO_CHECK(co_await complete_snapshots(op));
     const Header old = op.header();
     Header& h = op.header();
     h.version = 3;

@@ -20,6 +20,7 @@ struct Look {
     uint64_t structural = 0;  // corruptions besides flags
     bool unseen = false;
     std::unordered_set<uint64_t> adopted;
+    Contested contested;
 
     bool clean() const { return found.check_errors == 0 && found.corruptions == 0 && found.leaks == 0; }
 };
@@ -35,6 +36,7 @@ Task<Result<Look>> look(ImageFile& file, Image& image, CheckProgress& progress) 
     result.found = std::move(run.found);
     result.unseen = run.unseen;
     result.adopted = std::move(run.adopted);
+    result.contested = std::move(run.contested);
     co_return result;
 }
 
@@ -66,6 +68,7 @@ Task<Result<uint64_t>> repair_leaks(ImageFile& file, Image& image, const Look& s
     CO_CHECK(co_await compare_counts(run, CountChange::kLower, true));
     CO_CHECK(co_await run.file.flush());
     if (seen.structural > 0) co_return 0;
+    run.contested = seen.contested;
     run.fix = true;
     const uint64_t before = run.found.corruptions;
     CO_CHECK(co_await check_flags(run));
@@ -79,6 +82,7 @@ Task<Result<uint64_t>> repair_all(ImageFile& file, Image& image, const Look& see
     CheckRun run(file, image, progress);
     run.fix = true;
     run.adopted = seen.adopted;
+    run.contested = seen.contested;
     CO_CHECK(co_await count_references(run));
     if (run.mended > 0) CO_CHECK(co_await file.flush());
     if (run.l1_changed) CO_CHECK(co_await reload_l1(file, image));

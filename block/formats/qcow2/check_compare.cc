@@ -222,7 +222,7 @@ bool flag_table(CheckRun& run, const L2Ref& table, std::span<uint8_t> bytes) {
         const uint64_t right = with_flag(word, count == 1);
         if (right == word) continue;
         run.corruption(table.active, "ERROR OFLAG_COPIED data cluster: l2_entry={:x} refcount={}", word, count);
-        if (!run.fix) continue;
+        if (!run.mends_flags(table.offset)) continue;
         store_be64(bytes.data() + at, right);
         run.mended++;
         changed = true;
@@ -234,9 +234,10 @@ bool flag_table(CheckRun& run, const L2Ref& table, std::span<uint8_t> bytes) {
 
 Task<Result<>> check_flags(CheckRun& run) {
     const Header& h = run.image.header;
-    const uint64_t end = h.l1_table_offset >= run.file_bytes
-                             ? 0
-                             : std::min(uint64_t{h.l1_size} * 8, run.file_bytes - h.l1_table_offset) & ~uint64_t{7};
+    const uint64_t end =
+        h.l1_table_offset >= run.file_bytes
+            ? 0
+            : std::min(uint64_t{h.l1_size} * 8, (run.file_bytes - h.l1_table_offset + 7) & ~uint64_t{7});
     Buffer piece = Buffer::alloc(std::min(end, kPiece));
     for (uint64_t at = 0; at < end; at += kPiece) {
         const std::span<uint8_t> words = piece.span().first(std::min(kPiece, end - at));
@@ -250,7 +251,7 @@ Task<Result<>> check_flags(CheckRun& run) {
             if (right == word) continue;
             run.corruption(1, "ERROR OFLAG_COPIED L2 cluster: l1_index={} l1_entry={:x} refcount={}", (at + i) / 8,
                            word, count);
-            if (!run.fix) continue;
+            if (!run.mends_flags(h.l1_table_offset)) continue;
             store_be64(words.data() + i, right);
             first = std::min(first, i);
             last = i + 8;

@@ -31,6 +31,7 @@ enum class Fault : uint8_t {
     kUnaligned,
     kBeyondEnd,
     kElsewhere,  // external data: not at its guest offset
+    kOnTable,    // on the header or the active L1 table; only a repair looks for it, a check sees two references
 };
 
 struct Words {
@@ -101,6 +102,7 @@ Words mend(const CheckRun& run, Words e, Fault fault, uint64_t guest) {
             return {(e.word & ~kOffsetMask) | guest, e.bitmap};
         case Fault::kCompressedOutside:
         case Fault::kBeyondEnd:
+        case Fault::kOnTable:
             return lost(run.g);
     }
     return lost(run.g);
@@ -139,8 +141,23 @@ void report(CheckRun& run, const L2Ref& table, uint64_t index, Words e, Fault fa
                                   "(L2 offset: {:#x}, L2 index: {})",
                                   host, table.offset, index);
         case Fault::kBeyondEnd:
+        case Fault::kOnTable:
             return;  // count() says it
     }
+}
+
+/// Whether the bytes of an entry without faults are in truth those of the header or of the active L1 table, which are
+/// written in place: the guest would read what it never wrote, and might change them.
+bool lies_on_table(const CheckRun& run, Words e) {
+    if (run.g.external_data) return false;
+    const MetadataRange l1{run.image.header.l1_table_offset, uint64_t{run.image.header.l1_size} * 8, true};
+    Sectors place{e.word & kOffsetMask, run.cluster_size()};
+    if (e.word & kCompressed) {
+        place = sectors_of(run.g, e.word);
+    } else if (!names_place(run.g, e.word)) {
+        return false;
+    }
+    return place.offset < run.cluster_size() || l1.touches(place.offset, place.bytes);
 }
 
 /// The check goes on with the entry as if it were mended.
@@ -200,13 +217,14 @@ bool count_table(CheckRun& run, const L2Ref& table, std::span<uint8_t> bytes) {
     // An ordinary data cluster inside the file: nothing but a place and perhaps COPIED.
     const uint64_t odd = ~(kCopied | (kOffsetMask & ~(g.cluster_size() - 1)));
     const uint64_t plain_end = g.external_data || g.extended_l2 ? 0 : run.file_bytes & ~(g.cluster_size() - 1);
+    const bool mends = run.mends(table.offset);
     bool changed = false;
     TableWalk walk(run, table);
     for (size_t at = 0; at < bytes.size(); at += entry_bytes) {
         Words e{load_be64(bytes.data() + at), g.extended_l2 ? load_be64(bytes.data() + at + 8) : 0};
         if (e.word == 0 && static_cast<uint32_t>(e.bitmap) == 0) continue;
         const uint64_t host = e.word & kOffsetMask;
-        if ((e.word & odd) == 0 && host != 0 && host < plain_end) [[likely]] {
+        if ((e.word & odd) == 0 && host != 0 && host < plain_end && !(mends && lies_on_table(run, e))) [[likely]] {
             walk.take_plain(host);
             continue;
         }
@@ -214,9 +232,13 @@ bool count_table(CheckRun& run, const L2Ref& table, std::span<uint8_t> bytes) {
         const uint64_t here = guest + (index << g.cluster_bits);
         bool counted = true;
         bool mended = false;
-        for (Fault fault; (fault = find_fault(run, e, here)) != Fault::kNone;) {
-            if (!run.fix) report(run, table, index, e, fault);
-            if (!run.fix && !can_be_read_on(fault)) {
+        const auto next_fault = [&] {
+            const Fault fault = find_fault(run, e, here);
+            return fault == Fault::kNone && mends && lies_on_table(run, e) ? Fault::kOnTable : fault;
+        };
+        for (Fault fault; (fault = next_fault()) != Fault::kNone;) {
+            if (!mends) report(run, table, index, e, fault);
+            if (!mends && !can_be_read_on(fault)) {
                 // What cannot be told apart is counted as it stands, so that nothing of it is given away.
                 counted = fault == Fault::kUnaligned || fault == Fault::kBeyondEnd || fault == Fault::kElsewhere;
                 if (fault == Fault::kUnaligned) {
@@ -229,7 +251,7 @@ bool count_table(CheckRun& run, const L2Ref& table, std::span<uint8_t> bytes) {
             e = mend(run, e, fault, here);
             mended = true;
         }
-        if (run.fix && mended) {
+        if (mends && mended) {
             store_be64(bytes.data() + at, e.word);
             if (g.extended_l2) store_be64(bytes.data() + at + 8, e.bitmap);
             run.mended++;
@@ -280,7 +302,7 @@ bool sound_bitmap_entry(const CheckRun& run, uint64_t word) {
 
 Task<Result<>> take_bitmap_table(CheckRun& run, BitmapTable table) {
     if (!run.count(table.offset, table.bytes) || table.offset >= run.file_bytes) co_return Result<>();
-    const uint64_t bytes = std::min(table.bytes, run.file_bytes - table.offset) & ~uint64_t{7};
+    const uint64_t bytes = std::min(table.bytes, (run.file_bytes - table.offset + 7) & ~uint64_t{7});
     Buffer piece = Buffer::alloc(std::min(bytes, kPiece));
     for (uint64_t at = 0; at < bytes; at += kPiece) {
         const std::span<uint8_t> words = piece.span().first(std::min(kPiece, bytes - at));

@@ -25,23 +25,16 @@ uint64_t clusters_of(const ImageFile& file, const Geometry& g) {
     return (size >> g.cluster_bits) + (g.offset_in_cluster(size) != 0);
 }
 
-struct Range {
-    uint64_t offset = 0, bytes = 0;
-    bool touches(uint64_t other, uint64_t other_bytes) const {
-        return other < offset + bytes && offset < other + other_bytes;
-    }
-};
-
 /// An L1 table, by as many snapshots as share it.
 struct L1Root {
-    Range place;
+    MetadataRange place;
     bool active = false;
     uint64_t times = 1;
 };
 
 struct Roots {
     std::vector<L1Root> tables;
-    std::vector<Range> fixed;  // metadata whose place is sure: no L2 table can be there
+    std::vector<MetadataRange> fixed;  // metadata whose place is sure: no L2 table can be there
 };
 
 /// Collects L1 entries; those that name the same table become one.
@@ -80,19 +73,20 @@ class TableList {
 uint64_t take_l1_entry(CheckRun& run, const Roots& roots, const L1Root& root, uint64_t index, uint64_t word,
                        TableList& list) {
     const uint64_t cs = run.cluster_size();
+    const bool mends = run.mends(root.place.offset);
     if (word & kReservedInL1) {
         run.corruption(root.times, "ERROR found L1 entry with reserved bits set: {:x}", word);
-        if (run.fix) word &= ~kReservedInL1;
+        if (mends) word &= ~kReservedInL1;
     }
     uint64_t l2 = l2_table_offset(word);
     if (l2 == 0) {
         if (word & kCopied) run.corruption(root.times, "ERROR L1 entry {} is {:x}: flags without a table", index, word);
-        return 0;
+        return mends ? 0 : word;
     }
     if (run.g.offset_in_cluster(l2) != 0) {
         run.corruption(root.times, "ERROR l2_offset={:x}: Table is not cluster aligned; L1 entry corrupted", l2);
         const uint64_t rounded = l2 & ~(cs - 1);
-        if (!run.fix) {
+        if (!mends) {
             if (run.rounded.size() < kMaxRounded) run.rounded.push_back(run.cluster_of(rounded));
             run.count(l2, cs, root.times);
             run.unseen = true;
@@ -102,8 +96,8 @@ uint64_t take_l1_entry(CheckRun& run, const Roots& roots, const L1Root& root, ui
         l2 = rounded;
         word = (word & kCopied) | l2;
     }
-    const bool elsewhere = std::ranges::any_of(roots.fixed, [&](const Range& r) { return r.touches(l2, cs); });
-    if (run.fix && (elsewhere || run.outside(l2, cs))) return 0;
+    const bool elsewhere = std::ranges::any_of(roots.fixed, [&](const MetadataRange& r) { return r.touches(l2, cs); });
+    if (mends && (elsewhere || run.outside(l2, cs))) return 0;
     if (!run.count(l2, cs, root.times)) return word;
     list.add(l2, root.active, root.times, index);
     return word;
@@ -121,7 +115,8 @@ Task<Result<>> take_l1(CheckRun& run, const Roots& roots, L1Root root, TableList
     }
     run.count(root.place.offset, root.place.bytes, root.times);
     if (root.place.offset >= run.file_bytes) co_return Result<>();
-    const uint64_t bytes = std::min(root.place.bytes, run.file_bytes - root.place.offset) & ~uint64_t{7};
+    // An entry that the end of the file cuts goes on with zeroes.
+    const uint64_t bytes = std::min(root.place.bytes, (run.file_bytes - root.place.offset + 7) & ~uint64_t{7});
     run.progress.total += bytes;
     Buffer piece = Buffer::alloc(std::min(bytes, kPiece));
     for (uint64_t at = 0; at < bytes; at += kPiece) {
@@ -138,7 +133,7 @@ Task<Result<>> take_l1(CheckRun& run, const Roots& roots, L1Root root, TableList
             const uint64_t word = load_be64(words.data() + i);
             if (word == 0) continue;
             const uint64_t kept = take_l1_entry(run, roots, root, (at + i) / 8, word, list);
-            if (kept == word || !run.fix) continue;
+            if (kept == word || !run.mends(root.place.offset)) continue;
             store_be64(words.data() + i, kept);
             first = std::min(first, i);
             last = i + 8;
@@ -200,10 +195,10 @@ SnapshotScan scan_snapshots(CheckRun& run, std::span<const uint8_t> table, Roots
     }
     for (const auto& [place, times] : places) {
         const auto [offset, entries] = place;
-        if (run.g.offset_in_cluster(offset) != 0) {
+        if (run.g.offset_in_cluster(offset) != 0 || (offset == 0 && entries != 0)) {
             run.corruption(times,
-                           "ERROR snapshot l1_offset={:#x}: L1 table is not cluster aligned; snapshot table entry "
-                           "corrupted",
+                           "ERROR snapshot l1_offset={:#x}: L1 table is not cluster aligned or in the header; snapshot "
+                           "table entry corrupted",
                            offset);
             run.unseen = true;
         } else if (entries > kMaxL1Entries) {
@@ -211,7 +206,7 @@ SnapshotScan scan_snapshots(CheckRun& run, std::span<const uint8_t> table, Roots
                            entries);
             run.unseen = true;
         } else {
-            roots.tables.push_back({.place = {offset, entries * 8}, .active = false, .times = times});
+            roots.tables.push_back({.place = {offset, entries * 8, true}, .active = false, .times = times});
         }
     }
     if (run.fix && incomplete) {
@@ -238,7 +233,7 @@ Task<Result<>> take_snapshots(CheckRun& run, Roots& roots) {
         if (scan.whole) {
             run.count(h.snapshots_offset, scan.bytes);
             run.snapshot_bytes = scan.bytes;
-            roots.fixed.push_back({h.snapshots_offset, scan.bytes});
+            roots.fixed.push_back({h.snapshots_offset, scan.bytes, false});
             co_return Result<>();
         }
         if (bytes < available) {
@@ -345,23 +340,36 @@ Task<Result<>> count_references(CheckRun& run) {
 
     CO_CHECK(co_await load_refcount_table(run));
     Roots roots;
-    roots.tables.push_back({.place = {h.l1_table_offset, uint64_t{h.l1_size} * 8}, .active = true});
-    roots.fixed.push_back({0, run.cluster_size()});
-    roots.fixed.push_back(roots.tables.front().place);
+    roots.tables.push_back({.place = {h.l1_table_offset, uint64_t{h.l1_size} * 8, true}, .active = true});
+    roots.fixed.push_back({0, run.cluster_size(), false});
     run.count(0, run.cluster_size());
     CO_CHECK(co_await take_snapshots(run, roots));
     if (run.image.extensions.crypto && h.crypt_method == 2) {
         const CryptoExtension& crypto = *run.image.extensions.crypto;
         run.count(crypto.offset, crypto.length);
-        roots.fixed.push_back({crypto.offset, crypto.length});
+        roots.fixed.push_back({crypto.offset, crypto.length, false});
     }
+    std::vector<MetadataRange> sure = roots.fixed;
+    roots.fixed.push_back(roots.tables.front().place);
     TableList list;
     for (const L1Root& root : roots.tables) CO_CHECK(co_await take_l1(run, roots, root, list));
     run.tables = list.take();
+    if (!run.fix) {
+        std::vector<MetadataRange> ranges = std::move(sure);
+        for (const L1Root& root : roots.tables) ranges.push_back(root.place);
+        find_contested(run, std::move(ranges));
+    }
     CO_CHECK(co_await visit_tables(
         run, false, [&run](const L2Ref& table, std::span<uint8_t> bytes) { return count_table(run, table, bytes); }));
     CO_CHECK(co_await count_bitmaps(run));
-    if (!run.count(h.refcount_table_offset, h.refcount_table_clusters * run.cluster_size())) run.rebuild = true;
+    const uint64_t table_bytes = h.refcount_table_clusters * run.cluster_size();
+    if (!run.count(h.refcount_table_offset, table_bytes)) {
+        run.rebuild = true;
+    } else if (run.fix) {
+        // What is written in place is nothing else.
+        for (uint64_t at = 0; at < table_bytes; at += run.cluster_size())
+            run.rebuild |= run.counts.get(run.cluster_of(h.refcount_table_offset + at)) != 1;
+    }
     count_blocks(run);
     std::ranges::sort(run.rounded);
     co_return Result<>();

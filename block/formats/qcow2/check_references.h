@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <span>
@@ -49,6 +50,21 @@ struct BlockRef {
     bool sound = false;     // and be written: nothing else lives there
 };
 
+/// Bytes of the file with metadata in them.
+struct MetadataRange {
+    uint64_t offset = 0, bytes = 0;
+    bool may_be_mended = false;  // L1 and L2 tables: entry by entry, in place
+
+    uint64_t end() const { return offset + bytes; }
+    bool touches(uint64_t other, uint64_t other_bytes) const { return other < end() && offset < other + other_bytes; }
+};
+
+/// Offsets of tables, sorted: those whose entries stay as they are, and among them those whose COPIED flags do, too
+/// (they lie on something that has no such flags in the same bits).
+struct Contested {
+    std::vector<uint64_t> tables, flags;
+};
+
 /// What one pass over the image gathers. Memory follows the number of clusters that the file has, and the number of L2
 /// tables in it.
 struct CheckRun {
@@ -73,6 +89,9 @@ struct CheckRun {
     std::vector<uint64_t> rounded;
     std::unordered_set<uint64_t> adopted;
 
+    /// L1 and L2 tables that lie on other metadata: which of both the place belongs to is not known.
+    Contested contested;
+
     /// The snapshot table: its length in the file, and what it should be when entries are incomplete (else empty).
     uint64_t snapshot_bytes = 0;
     std::vector<uint8_t> mended_snapshots;
@@ -84,6 +103,9 @@ struct CheckRun {
 
     uint64_t cluster_size() const { return g.cluster_size(); }
     uint64_t cluster_of(uint64_t offset) const { return offset >> g.cluster_bits; }
+    /// Whether entries of the L1 or L2 table at `table` are mended; otherwise they are taken as they are.
+    bool mends(uint64_t table) const { return fix && !std::ranges::binary_search(contested.tables, table); }
+    bool mends_flags(uint64_t table) const { return fix && !std::ranges::binary_search(contested.flags, table); }
     /// Ends a cluster or more beyond the end of the file.
     bool outside(uint64_t offset, uint64_t bytes) const {
         return offset > file_bytes + cluster_size() || offset + bytes > file_bytes + cluster_size();
@@ -148,6 +170,8 @@ Task<Result<>> visit_tables(CheckRun& run, bool active_only,
 /// Counts what the entries of a table refer to; true when it has mended some.
 bool count_table(CheckRun& run, const L2Ref& table, std::span<uint8_t> bytes);
 Task<Result<>> load_refcount_table(CheckRun& run);
+/// Fills run.contested. `fixed`: everything but L2 tables, refcount table and blocks.
+void find_contested(CheckRun& run, std::vector<MetadataRange> fixed);
 void count_blocks(CheckRun& run);
 Task<Result<>> count_bitmaps(CheckRun& run);
 

@@ -49,7 +49,7 @@ Task<Result<>> lower_snapshot(Operation& op, size_t index, uint64_t target) {
     std::vector<Snapshot> snapshots = op.image().snapshots;
     const Snapshot old = snapshots[index];
     const uint64_t old_table = op.header().snapshots_offset;
-    const uint64_t old_table_bytes = encode_snapshot_table(snapshots, op.header().size).size();
+    const uint64_t old_table_bytes = stored_bytes(snapshots);
     uint64_t place = 0;
     if (old.l1_table_offset >= target) {
         CO_TRY(const std::vector<uint64_t> words, co_await op.read_l1(old.l1_table_offset, old.l1_size));

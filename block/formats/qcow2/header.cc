@@ -119,11 +119,11 @@ Result<> check_l1(const Geometry& g, uint64_t offset, uint64_t entries, uint64_t
         return refuse_corrupt(node, fmt::format("{} L1 table too large", what), "it has {} entries, more than {}",
                               entries, kMaxL1Entries);
     }
-    if (offset % g.cluster_size() != 0 || wraps(offset, entries * 8)) {
-        return refuse_corrupt(
-            node, fmt::format("{} L1 table offset invalid", what),
-            "{} entries at offset {:#x} do not start on a cluster of {} bytes or go past the largest offset", entries,
-            offset, g.cluster_size());
+    if (offset % g.cluster_size() != 0 || wraps(offset, entries * 8) || (offset == 0 && entries != 0)) {
+        return refuse_corrupt(node, fmt::format("{} L1 table offset invalid", what),
+                              "{} entries at offset {:#x} lie in the header, do not start on a cluster of {} bytes or "
+                              "go past the largest offset",
+                              entries, offset, g.cluster_size());
     }
     const uint64_t needed = g.l1_entries_for(disk_size);
     if (disk_size > kMaxOffset || needed > kMaxL1Entries) {

@@ -111,7 +111,8 @@ Result<L1Place> choose_disk(Image& image, std::string_view snapshot, std::string
 
 Task<Result<>> load_l1(Node& file, Image& image, L1Place place, std::string node) {
     // All of it, also what lies beyond the disk (the state of a virtual machine): a writer must know what it owns.
-    const uint64_t bytes = present(file, place.offset, place.entries * 8);
+    // An entry that the end of the file cuts goes on with zeroes.
+    const uint64_t bytes = (present(file, place.offset, place.entries * 8) + 7) & ~uint64_t{7};
     CO_TRY(Buffer table, co_await read_at(file, place.offset, bytes, node, "L1 table"));
     image.l1.resize(bytes / 8);
     for (size_t i = 0; i < image.l1.size(); i++) image.l1[i] = load_be64(table.data() + i * 8);

@@ -21,6 +21,12 @@ Task<Result<>> Metadata::check_l1_entry(uint64_t l1_index) {
     if (l1_index >= l1_.size()) {
         co_return fail(ErrorKind::kInvalid, "node '{}': L1 entry {} of {}", file_.node_name(), l1_index, l1_.size());
     }
+    if (l1_overlaps_) {
+        co_return std::unexpected(
+            co_await corrupt(fmt::format("Preventing invalid write on active L1 table (overlaps with {})",
+                                         structure_name(*l1_overlaps_)),
+                             marked_l1_));
+    }
     const uint64_t table = l2_table_offset(l1_.get(l1_index));
     if (image_.geometry.offset_in_cluster(table) != 0) {
         co_return std::unexpected(

@@ -6,6 +6,7 @@
 #include "block/formats/qcow2/be.h"
 #include "block/formats/qcow2/entries.h"
 #include "block/formats/qcow2/header_writer.h"
+#include "block/formats/qcow2/refusal.h"
 
 namespace gantry::block::qcow2 {
 
@@ -73,13 +74,15 @@ Task<Result<>> Metadata::load_l1() {
 /// The active L1 and its tables; a table that something else lies on already is a bad one.
 void Metadata::mark_active_tables() {
     marked_l1_ = image_.header.l1_table_offset;
+    const StructureSet below = overlap_.touched(marked_l1_, l1_.size() * 8);
+    l1_overlaps_ = below != 0 ? std::optional(first_of(below)) : std::nullopt;
     overlap_.add(Structure::kActiveL1, marked_l1_, l1_.size() * 8);
     bad_tables_.clear();
     const uint64_t size = file_.size();
     for (uint64_t i = 0; i < l1_.size(); i++) {
         const uint64_t table = l2_table_offset(l1_.get(i));
         if (table == 0) continue;
-        if (image_.geometry.offset_in_cluster(table) != 0 || table >= size) {
+        if (image_.geometry.offset_in_cluster(table) != 0 || table > size) {
             bad_tables_.insert(table);
             continue;
         }
@@ -89,6 +92,14 @@ void Metadata::mark_active_tables() {
         if (others != 0) bad_tables_.insert(table);
         overlap_.add(Structure::kActiveL2, table, cluster_size());
     }
+}
+
+Result<> Metadata::check_l1_place() const {
+    if (!l1_overlaps_) return {};
+    return refuse_corrupt(
+        file_.node_name(),
+        fmt::format("Preventing invalid write on active L1 table (overlaps with {})", structure_name(*l1_overlaps_)),
+        "the table of {} entries is at {:#x}", l1_.size(), marked_l1_);
 }
 
 void Metadata::unmark_active_tables() {

@@ -150,6 +150,8 @@ class Metadata {
         uint64_t offset, bytes;
         FreedBy by;
     };
+    /// kCorrupt: the L1 table lies on other metadata, so none of its entries may be written.
+    Result<> check_l1_place() const;
     struct Taken;
     struct FileWrite;
 
@@ -209,12 +211,13 @@ class Metadata {
     /// Offsets of L2 tables that cannot be right (on other metadata, of two L1 entries, behind the file, off the
     /// clusters): nothing is written there. Changed drained.
     std::unordered_set<uint64_t> bad_tables_;
-    uint64_t marked_l1_ = 0;           // host offset of what the overlap map knows as active L1; drained
-    HostRun spare_tables_;             // counted, all zeroes, no entry names them; under mutex()
-    uint64_t next_spare_tables_ = 1;   // under mutex()
-    uint64_t stable_size_ = 0;         // bytes of the file that a flush has made stable; under write_back_mutex_
-    bool unflushed_ = false;           // counts or a barrier wait for a flush; under write_back_mutex_
-    std::atomic<bool> strict_{false};  // lazy refcounts are written, too: settling
+    std::optional<Structure> l1_overlaps_;  // other metadata that the L1 table lies on
+    uint64_t marked_l1_ = 0;                // host offset of what the overlap map knows as active L1; drained
+    HostRun spare_tables_;                  // counted, all zeroes, no entry names them; under mutex()
+    uint64_t next_spare_tables_ = 1;        // under mutex()
+    uint64_t stable_size_ = 0;              // bytes of the file that a flush has made stable; under write_back_mutex_
+    bool unflushed_ = false;                // counts or a barrier wait for a flush; under write_back_mutex_
+    std::atomic<bool> strict_{false};       // lazy refcounts are written, too: settling
     mutable std::mutex pending_mutex_;
     std::vector<Freed> freed_;  // no request holds them; waiting for T0
     uint64_t freed_bytes_ = 0;

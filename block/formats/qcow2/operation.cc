@@ -13,6 +13,7 @@ Operation::Operation(Qcow2Node& node) : node_(node) {}
 Task<Result<>> Operation::begin() {
     CO_CHECK(node_.check_writable());
     metadata_ = node_.metadata();
+    CO_CHECK(metadata_->check_l1_place());
     CO_CHECK(co_await metadata_->settle());
     CO_CHECK(co_await metadata_->begin_session());
     co_await lock();
@@ -101,11 +102,14 @@ Task<Result<>> Operation::switch_snapshots(std::vector<Snapshot> snapshots, uint
     CO_CHECK(co_await file().flush());
     OverlapMap& overlap = metadata_->overlap();
     if (header().nb_snapshots != 0) {
-        overlap.remove(Structure::kSnapshotTable, header().snapshots_offset,
-                       encode_snapshot_table(image().snapshots, header().size).size());
+        overlap.remove(Structure::kSnapshotTable, header().snapshots_offset, stored_bytes(image().snapshots));
+    }
+    for (Snapshot& s : snapshots) {  // as they were encoded
+        s.stored_bytes = encoded_bytes(s);
+        if (!s.disk_size) s.disk_size = header().size;
     }
     if (!snapshots.empty()) {
-        overlap.add(Structure::kSnapshotTable, table_offset, encode_snapshot_table(snapshots, header().size).size());
+        overlap.add(Structure::kSnapshotTable, table_offset, stored_bytes(snapshots));
     }
     header().nb_snapshots = static_cast<uint32_t>(snapshots.size());
     header().snapshots_offset = table_offset;
@@ -147,7 +151,7 @@ Result<> Operation::check_table_place(uint64_t offset) {
             if (block != 0) add(block, cluster);
         }
         if (h.nb_snapshots != 0) {
-            add(h.snapshots_offset, encode_snapshot_table(image().snapshots, h.size).size());
+            add(h.snapshots_offset, stored_bytes(image().snapshots));
         }
         for (const Snapshot& s : image().snapshots) add(s.l1_table_offset, s.l1_size * uint64_t{8});
         std::ranges::sort(metadata_places_, {}, &Row::offset);

@@ -85,3 +85,6 @@ class Operation {
 };
 
 }  // namespace gantry::block::qcow2
+/// Entries of the snapshot table get the extra data that version 3 asks for, where they lack it. snapshots.cc.
+Task<Result<>> complete_snapshots(Operation& op);
+

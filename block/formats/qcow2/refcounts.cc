@@ -71,7 +71,8 @@ Task<Result<>> Refcounts::load() {
                                  offset);
     }
     const uint64_t size = file_.size();
-    const uint64_t present = offset < size ? std::min(bytes, size - offset) / 8 * 8 : 0;
+    // An entry that the end of the file cuts goes on with zeroes.
+    const uint64_t present = offset < size ? std::min(bytes, (size - offset + 7) & ~uint64_t{7}) : 0;
     CO_TRY(Buffer raw, Buffer::try_alloc(present));
     CO_CHECK(co_await file_.read(offset, raw.span(), "refcount table"));
 

@@ -126,7 +126,9 @@ Task<Result<>> rebuild_refcounts(CheckRun& run) {
     h = header;
     if (plan.snapshot_clusters > 0) {
         for (Snapshot& snapshot : run.image.snapshots) {
-            if (!snapshot.disk_size) snapshot.disk_size = h.size;
+            if (snapshot.disk_size) continue;
+            snapshot.disk_size = h.size;
+            snapshot.stored_bytes = (56 + snapshot.id.size() + snapshot.name.size() + 7) & ~size_t{7};
         }
     }
     run.mended++;

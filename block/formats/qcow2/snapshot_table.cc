@@ -57,19 +57,29 @@ Result<std::optional<std::vector<Snapshot>>> parse_snapshot_table(std::span<cons
         if (extra_bytes > kKnownExtraBytes) s.unknown_extra.assign(extra.begin() + kKnownExtraBytes, extra.end());
         s.id = text(table.subspan(at + kFixedBytes + extra_bytes, id_bytes));
         s.name = text(table.subspan(at + kFixedBytes + extra_bytes + id_bytes, name_bytes));
+        s.stored_bytes = (bytes + 7) & ~size_t{7};
+        at += s.stored_bytes;
         snapshots.push_back(std::move(s));
-        at += (bytes + 7) & ~size_t{7};
     }
     return snapshots;
+}
+
+uint64_t encoded_bytes(const Snapshot& s) {
+    return (kFixedBytes + kKnownExtraBytes + s.unknown_extra.size() + s.id.size() + s.name.size() + 7) & ~size_t{7};
+}
+
+uint64_t stored_bytes(std::span<const Snapshot> snapshots) {
+    uint64_t bytes = 0;
+    for (const Snapshot& s : snapshots) bytes += s.stored_bytes;
+    return bytes;
 }
 
 std::vector<uint8_t> encode_snapshot_table(std::span<const Snapshot> snapshots, uint64_t disk_size) {
     std::vector<uint8_t> table;
     for (const Snapshot& s : snapshots) {
         const size_t extra_bytes = kKnownExtraBytes + s.unknown_extra.size();
-        const size_t bytes = kFixedBytes + extra_bytes + s.id.size() + s.name.size();
         const size_t at = table.size();
-        table.resize(at + ((bytes + 7) & ~size_t{7}));
+        table.resize(at + encoded_bytes(s));
         uint8_t* p = table.data() + at;
         store_be64(p, s.l1_table_offset);
         store_be32(p + 8, s.l1_size);

@@ -24,6 +24,7 @@ struct Snapshot {
     std::optional<int64_t> icount;
     std::vector<uint8_t> unknown_extra;  // kept when the table is rewritten
     std::string id, name;
+    uint64_t stored_bytes = 0;  // of its entry in the file; an entry of another program may lack extra data
 };
 
 /// Reads `count` entries from the first bytes of the table. nullopt: `table` holds too few bytes and `complete` is
@@ -34,6 +35,11 @@ Result<std::optional<std::vector<Snapshot>>> parse_snapshot_table(std::span<cons
 /// The table as bytes. Every entry gets the extra data of version 3; `disk_size`: of the snapshots that do not say
 /// their own.
 std::vector<uint8_t> encode_snapshot_table(std::span<const Snapshot> snapshots, uint64_t disk_size);
+
+/// Bytes that encode_snapshot_table() makes of it.
+uint64_t encoded_bytes(const Snapshot& snapshot);
+/// Bytes of the table in the file.
+uint64_t stored_bytes(std::span<const Snapshot> snapshots);
 
 /// The id for a new snapshot: one more than the highest number in use.
 std::string next_snapshot_id(std::span<const Snapshot> snapshots);

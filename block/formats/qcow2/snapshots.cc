@@ -34,7 +34,7 @@ Task<Result<uint64_t>> write_table(Operation& op, const std::vector<Snapshot>& s
 /// What the header says now is in the file; then `snapshots` is. The old table is released.
 Task<Result<>> replace_table(Operation& op, std::vector<Snapshot> snapshots) {
     const uint64_t old_offset = op.header().snapshots_offset;
-    const uint64_t old_bytes = encode_snapshot_table(op.image().snapshots, op.header().size).size();
+    const uint64_t old_bytes = stored_bytes(op.image().snapshots);
     CO_TRY(const uint64_t offset, co_await write_table(op, snapshots));
     CO_CHECK(co_await op.stabilise());
     CO_CHECK(co_await op.switch_snapshots(std::move(snapshots), offset));
@@ -83,7 +83,7 @@ Task<Result<>> create_steps(Operation& op, Snapshot snapshot) {
         co_return done;
     }
     const uint64_t old_offset = h.snapshots_offset;
-    const uint64_t old_bytes = encode_snapshot_table(op.image().snapshots, h.size).size();
+    const uint64_t old_bytes = stored_bytes(op.image().snapshots);
     CO_CHECK(co_await op.switch_snapshots(std::move(snapshots), table));
     OverlapMap& overlap = op.metadata().overlap();
     overlap.add(Structure::kInactiveL1, snapshot.l1_table_offset, copy.size() * 8);
@@ -165,6 +165,13 @@ Task<Result<>> conclude(Operation& op, Result<> done) {
 std::string_view or_null(const std::string& text) { return text.empty() ? std::string_view("null") : text; }
 
 }  // namespace
+
+Task<Result<>> complete_snapshots(Operation& op) {
+    const std::vector<Snapshot>& snapshots = op.image().snapshots;
+    if (std::ranges::all_of(snapshots, [](const Snapshot& s) { return s.disk_size.has_value(); })) co_return Result<>();
+    CO_CHECK(co_await replace_table(op, snapshots));
+    co_return co_await op.finish(false);
+}
 
 Task<Result<>> Qcow2Node::snapshot_create(SnapshotSpec spec) {
     CO_CHECK(check_writable());

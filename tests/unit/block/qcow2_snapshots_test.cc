@@ -3,6 +3,7 @@
 #include <random>
 
 #include "block/formats/qcow2/snapshot_table.h"
+#include "tests/unit/block/qcow2_check_fixture.h"
 #include "tests/unit/block/qcow2_ops_fixture.h"
 
 using namespace gantry;
@@ -210,4 +211,50 @@ TEST_CASE("qcow2: disk size, dates and foreign bytes of snapshots survive", "[qc
     REQUIRE(f.open() == "");
     f.disk = f.snapshots["1"];
     f.verify_file();
+}
+
+TEST_CASE("qcow2: snapshot entries without extra data are no longer than they are", "[qcow2][snapshot][interop]") {
+    if (OpsFixture::tools_missing()) return;
+    OpsFixture f;
+    f.create("compat=0.10,cluster_size=512", 65536);
+    f.sh("qemu-io -f qcow2 -c 'write -P 1 0 1k' " + f.path);
+    for (const char name : std::string("abcdefgh")) f.sh("qemu-img snapshot -c " + std::string(1, name) + " " + f.path);
+    // As old programs wrote them: 40 bytes and the names. The table shrinks from two clusters to one.
+    ImageBytes image(f.path);
+    const uint64_t table = image.word(64);
+    std::vector<uint8_t> entries;
+    uint64_t at = table;
+    for (int i = 0; i < 8; i++) {
+        const uint8_t* entry = &image.bytes.at(at);
+        const uint64_t extra = image.half(at + 36), names = image.get16(at + 12) + image.get16(at + 14);
+        const size_t begin = entries.size();
+        entries.insert(entries.end(), entry, entry + 40);
+        std::fill_n(entries.begin() + static_cast<ptrdiff_t>(begin) + 36, 4, uint8_t{0});
+        entries.insert(entries.end(), entry + 40 + extra, entry + 40 + extra + names);
+        entries.resize((entries.size() + 7) & ~size_t{7});
+        at += (40 + extra + names + 7) & ~uint64_t{7};
+    }
+    REQUIRE(at - table > 512);
+    REQUIRE(entries.size() <= 512);
+    image.bytes.resize(std::max<size_t>(image.bytes.size(), table + 1024));
+    std::fill_n(image.bytes.begin() + static_cast<ptrdiff_t>(table), 1024, uint8_t{0});
+    std::ranges::copy(entries, image.bytes.begin() + static_cast<ptrdiff_t>(table));
+    image.save(f.path);
+    (void)f.output("qemu-img check -r leaks " + f.path);
+    f.sh("qemu-io -f qcow2 -c 'write -P 2 8k 16k' " + f.path);  // takes what has become free
+    const auto judged = [&f] {
+        f.close();
+        const std::string report = f.output("qemu-img check " + f.path);
+        INFO(report);
+        CHECK(f.status == 0);
+    };
+    judged();
+    REQUIRE(f.open() == "");
+    SECTION("a snapshot is made") { f.need(f.rt.run(block::create_snapshot(*f.graph, *f.node, {.name = "i"}))); }
+    SECTION("one is deleted") { f.need(f.rt.run(block::delete_snapshot(*f.graph, *f.node, "", "c"))); }
+    SECTION("the image becomes one of version 3") { CHECK(f.amend({{"driver", "qcow2"}, {"compat", "1.1"}}) == ""); }
+    SECTION("the image is made compact") { f.compact(); }
+    judged();
+    REQUIRE(f.open() == "");
+    for (const block::qcow2::Snapshot& s : f.image().image().snapshots) CHECK(s.disk_size.value_or(65536) == 65536);
 }
