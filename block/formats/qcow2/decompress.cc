@@ -1,5 +1,6 @@
 #include "block/formats/qcow2/decompress.h"
 
+#include <libdeflate.h>
 #include <zlib.h>
 #include <zstd.h>
 
@@ -9,7 +10,30 @@ namespace gantry::block::qcow2 {
 
 namespace {
 
+// Each decoder first tries the quick call of its library, which wants whole and exact streams (as almost all are). What
+// that does not like is judged by the slow one, which can tell how far it came. Contexts are kept for each thread:
+// making one costs as much as decoding a small cluster.
+
+bool inflate_whole(std::span<const uint8_t> blob, std::span<uint8_t> cluster) {
+    static thread_local const std::unique_ptr<libdeflate_decompressor, void (*)(libdeflate_decompressor*)> decoder(
+        libdeflate_alloc_decompressor(), libdeflate_free_decompressor);
+    if (!decoder) return false;
+    size_t read = 0, written = 0;
+    return libdeflate_deflate_decompress_ex(decoder.get(), blob.data(), blob.size(), cluster.data(), cluster.size(),
+                                            &read, &written) == LIBDEFLATE_SUCCESS &&
+           written == cluster.size();
+}
+
+bool decode_zstd_whole(std::span<const uint8_t> blob, std::span<uint8_t> cluster) {
+    static thread_local const std::unique_ptr<ZSTD_DCtx, size_t (*)(ZSTD_DCtx*)> context(ZSTD_createDCtx(),
+                                                                                         ZSTD_freeDCtx);
+    const size_t frame = ZSTD_findFrameCompressedSize(blob.data(), blob.size());
+    if (!context || ZSTD_isError(frame)) return false;
+    return ZSTD_decompressDCtx(context.get(), cluster.data(), cluster.size(), blob.data(), frame) == cluster.size();
+}
+
 Result<> inflate_raw(std::span<const uint8_t> blob, std::span<uint8_t> cluster) {
+    if (inflate_whole(blob, cluster)) return {};
     z_stream stream{};
     // Writers keep to a 4 KiB window; a reader may as well accept the largest.
     if (inflateInit2(&stream, -15) != Z_OK) return fail(ErrorKind::kNoMemory, "no memory for a decompressor");
@@ -30,6 +54,7 @@ Result<> inflate_raw(std::span<const uint8_t> blob, std::span<uint8_t> cluster) 
 }
 
 Result<> decode_zstd(std::span<const uint8_t> blob, std::span<uint8_t> cluster) {
+    if (decode_zstd_whole(blob, cluster)) return {};
     const std::unique_ptr<ZSTD_DCtx, size_t (*)(ZSTD_DCtx*)> context(ZSTD_createDCtx(), ZSTD_freeDCtx);
     if (!context) return fail(ErrorKind::kNoMemory, "no memory for a decompressor");
     // The frame's header chooses the window; 8 MiB is four times the largest cluster.

@@ -172,6 +172,7 @@ class Qcow2Node final : public FormatNode, public ImageOperations, private Metad
     // ---- map.cc ----
     void expect(uint64_t offset) const override {
         if (offset < size()) l2_cache_->prefetch(slice_of(offset), index_in_slice(offset) * entry_words());
+        if (const Node* below = backing()) below->expect(offset);
     }
     uint64_t slice_of(uint64_t offset) const { return offset >> slice_shift_; }
     uint64_t slice_end(uint64_t offset) const { return (slice_of(offset) + 1) << slice_shift_; }

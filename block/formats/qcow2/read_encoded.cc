@@ -15,6 +15,7 @@ Task<Result<Buffer>> Qcow2Node::read_blob(Request& rq, uint64_t host, uint64_t b
     // The last sector of a blob need not be whole.
     Buffer blob = Buffer::alloc(std::min(bytes, file_size - host));
     const iovec iov = blob.iov();
+    if (file().try_read(rq, host, IoVec(iov)) == 0) co_return std::move(blob);
     Result<> read = co_await file().read(rq, host, IoVec(iov));
     if (!read) {
         co_return std::unexpected(std::move(read).error().context(
