@@ -42,6 +42,11 @@ class Images:
     def path(self, kind):
         return os.path.join(self.directory, "%s.%d.img" % (kind, self.mebibytes)) if kind != "null" else ""
 
+    def files(self, kind):
+        """What the image consists of."""
+        below = ["%s.%d" % (self.path(kind), level) for level in range(CHAIN - 1)] if kind == "chain" else []
+        return [self.path(kind), *below]
+
     def make(self, kind):
         if kind in ("null", "fresh") or os.path.exists(self.path(kind)):
             return
@@ -77,7 +82,7 @@ class Images:
         self.make("raw")
         previous = None
         for level in range(CHAIN):
-            path = unfinished if level == CHAIN - 1 else "%s.%d" % (self.path("chain"), level)
+            path = unfinished if level == CHAIN - 1 else self.files("chain")[1 + level]
             backing = ["-F", "qcow2", "-b", previous] if previous else []
             subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *backing, path, "%dM" % self.mebibytes], check=True)
             commands = ["write -P %d %d 65536" % (level + 1, cluster * 65536)
@@ -102,11 +107,12 @@ class Images:
         self.make(kind)
         if kind in ("null", "fresh") or (folios and self.folios.get(kind) == folios):
             return
-        drop(self.path(kind))
-        if folios == "small":
-            write_in_pages(self.path(kind))
-        elif folios == "large":
-            read_in_order(self.path(kind))
+        for path in self.files(kind):
+            drop(path)
+            if folios == "small":
+                write_in_pages(path)
+            elif folios == "large":
+                read_in_order(path)
         self.folios[kind] = folios
 
     def warm(self, kind, folios):
@@ -116,11 +122,12 @@ class Images:
         if kind == "fresh":
             self.make_fresh()
             return
-        flush(self.path(kind))  # or the writeback of the run before disturbs this one
-        if folios == "small":
-            read_in_pages(self.path(kind))
-        elif folios == "large":
-            read_in_order(self.path(kind))
+        for path in self.files(kind):
+            flush(path)  # or the writeback of the run before disturbs this one
+            if folios == "small":
+                read_in_pages(path)
+            elif folios == "large":
+                read_in_order(path)
 
 
 def touch_memory(limit):

@@ -73,7 +73,7 @@ SUITES = {
                          ("gantry", "gantry-on-raw", "qsd-threads", "qsd-uring", "qsd-uring-malloc")),
     "qcow2-fresh": Suite("fresh", False, ALLOCATIONS, ("gantry", "qsd-threads", "qsd-uring", "qsd-uring-malloc")),
     "qcow2-chain": Suite("chain", False, (READS[1], READS[2]), ("gantry", "gantry-on-qcow2", "qsd-uring-malloc"), readonly=True),
-    "qcow2-compressed": Suite("compressed", False, (READS[2], transfer("randread", "64k", 8)),
+    "qcow2-compressed": Suite("compressed", False, (READS[2], transfer("randread", "64k", 8), transfer("read", "16k", 8)),
                               ("gantry", "qsd-threads", "qsd-uring-malloc"), readonly=True),
     "null": Suite("null", False, READS + PARALLEL + WRITES, ("gantry-null", "qsd-null", "nbdkit-null", "nbdkit-memory")),
 }
