@@ -249,7 +249,9 @@ class Stored(BitmapCase):
         self.assertEqual(self.dirty(path, "off")[1], (MIB, MIB + 64 * KIB))
 
     def test_what_the_reference_stores_we_read(self):
-        for options in ("", "cluster_size=512", "cluster_size=2M", "extended_l2=on", "refcount_bits=1"):
+        for options in ("", "cluster_size=512", "cluster_size=2M", "extended_l2=on", "refcount_bits=1", "refcount_bits=64",
+                        "lazy_refcounts=on,cluster_size=4k", "preallocation=metadata", f"data_file={self.path('data')}",
+                        f"data_file={self.path('data')},data_file_raw=on,extended_l2=on,cluster_size=16k"):
             with self.subTest(options):
                 path = self.image("r.qcow2", "40M", options,
                                   [("on",), ("fine", "-g", "512"), ("off", "--disable"), ("coarse", "-g", "1M")])

@@ -56,7 +56,7 @@ struct OptionsFixture : WriteFixture {
 
 /// Discards that reach the file while it lives.
 struct Discards {
-    Discards() {
+    explicit Discards(const char* name = "image") : disk(MemoryDisk::named(name)) {
         disk->set_fault([this](Op op, uint64_t offset, uint64_t length) {
             const std::lock_guard lock(mutex);
             if (op == Op::kDiscard) seen.emplace_back(offset, length);
@@ -70,7 +70,7 @@ struct Discards {
         for (const auto& [offset, length] : seen) sum += length;
         return sum;
     }
-    std::shared_ptr<MemoryDisk> disk = MemoryDisk::named("image");
+    std::shared_ptr<MemoryDisk> disk;
     std::mutex mutex;
     std::vector<std::pair<uint64_t, uint64_t>> seen;
 };
@@ -106,6 +106,32 @@ TEST_CASE("qcow2: pass-discard-request decides about the space of discards and z
     CHECK(f.filled_with(2 << 20, 1 << 20) == 0);
     f.close();
     CHECK(f.check_made() == 0);
+}
+
+TEST_CASE("qcow2: pass-discard-request decides about the space of an external data file", "[qcow2][options][interop]") {
+    if (no_qemu()) return;
+    const bool passed = GENERATE(true, false);
+    OptionsFixture f;
+    f.make("-o data_file=" + f.dir.file("named"), 8 << 20);
+    MemoryDisk::forget("data");
+    json::object data = OptionsFixture::file();
+    data["disk"] = "data";
+    MemoryDisk::named("data")->resize(8 << 20);
+    REQUIRE(f.open_made({{"data-file", data}, {"pass-discard-request", passed}}) == "");
+    REQUIRE(f.write(0, 4 << 20, 7) == "");
+    REQUIRE(f.flush() == "");
+    {
+        Discards discards("data");
+        REQUIRE(f.discard(1 << 20, 1 << 20) == "");
+        REQUIRE(f.zero(3 << 20, 1 << 19, WriteFlags::kMayUnmap) == "");
+        REQUIRE(f.flush() == "");
+        CHECK(discards.bytes() == (passed ? 3 << 19 : 0));
+    }
+    CHECK(f.filled_with(1 << 20, 1 << 20) == 0);
+    CHECK(f.filled_with(3 << 20, 1 << 19) == 0);
+    CHECK(f.filled_with(2 << 20, 1 << 20) == 7);
+    f.close();
+    MemoryDisk::forget("data");
 }
 
 TEST_CASE("qcow2: pass-discard-snapshot decides about the space of snapshots that go", "[qcow2][options][interop]") {
