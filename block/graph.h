@@ -92,6 +92,9 @@ class Graph {
     /// Encrypted images open without their passphrase, and no data of them can be read: for tools that only look at
     /// what the metadata says.
     bool opens_locked = false;
+    /// Images open for writing whatever state they are in, and nothing but ImageOperations::check() may write: what
+    /// a damaged image needs before it can be written otherwise.
+    bool opens_for_repair = false;
     /// Passphrases by id, for encrypted images.
     crypto::Secrets& secrets() const { return *secrets_; }
     /// Where the descriptor of a node's mapping log comes from: a memory file that outlives this process. Empty, or an

@@ -1,4 +1,4 @@
-// gantry image resize, snapshot, amend, compact, commit, rebase: what changes an existing image.
+// gantry image resize, snapshot, compact, commit, rebase: what changes an existing image.
 
 #include <sys/time.h>
 #include <time.h>
@@ -6,7 +6,6 @@
 #include "block/image_control.h"
 #include "cli/image/image_tool.h"
 #include "cli/readable.h"
-#include "schema/keyval.h"
 
 namespace gantry::cli::image {
 
@@ -96,19 +95,6 @@ Task<Result<>> delete_one(block::Graph& graph, block::Node& node, std::string wh
     co_return co_await block::delete_snapshot(graph, node, "", which);
 }
 
-// ---- amend ----
-
-constexpr OptionSpec kAmendOptions[] = {
-    {"option", 'o', true, "NAME=VALUE,...",
-     "what to change: compat, lazy_refcounts, refcount_bits, size, data_file, "
-     "data_file_raw, encrypt.state, encrypt.new-secret, ..."},
-    {"force", 0, false, "", "allow what may make encrypted data unreachable"},
-};
-constexpr Usage kAmend{.name = "amend",
-                       .line = "-o NAME=VALUE,... IMAGE",
-                       .doc = "Changes properties that an image got when it was made.",
-                       .options = kAmendOptions};
-
 // ---- compact, commit, rebase ----
 
 constexpr Usage kCompact{.name = "compact",
@@ -129,6 +115,7 @@ constexpr Usage kCommit{.name = "commit",
 constexpr OptionSpec kRebaseOptions[] = {
     {"backing", 'b', true, "FILE", "the backing file's new name; \"\" for none"},
     {"backing-format", 'F', true, "FORMAT", "its format"},
+    {"unsafe", 'u', false, "", "change the name and nothing else, as is always done"},
 };
 constexpr Usage kRebase{.name = "rebase",
                         .line = "-b FILE -F FORMAT IMAGE",
@@ -174,6 +161,7 @@ int snapshot_command(std::span<const char* const> arguments) {
         return tool->failed(Error(ErrorKind::kInvalid, "--create, --apply, --delete and --list exclude each other"));
     }
     const bool change = create || apply || drop;
+    if (create && words.value("create").empty()) return tool->failed(Error(ErrorKind::kInvalid, "Name is empty"));
     auto node = tool->open(words.names[0], change ? ImageTool::Access::kWrite : ImageTool::Access::kRead,
                            ImageTool::Backing::kIgnore);
     if (!node) return tool->failed(node.error());
@@ -191,26 +179,6 @@ int snapshot_command(std::span<const char* const> arguments) {
     } else {
         done = tool->run(delete_one(tool->graph(), **node, words.value("delete")));
     }
-    return done ? kOk : tool->failed(done.error());
-}
-
-int amend_command(std::span<const char* const> arguments) {
-    int status = kFailed;
-    auto tool = ImageTool::create(kAmend, arguments, status);
-    if (!tool) return status;
-    const Words& words = tool->words();
-    if (!words.has("option")) return tool->failed(Error(ErrorKind::kInvalid, "-o says what to change"));
-    json::object options;
-    for (const OptionUse& use : words.options) {
-        if (use.name != "option") continue;
-        auto parsed = schema::parse_keyval(use.value, "");
-        if (!parsed) return tool->failed(parsed.error());
-        for (auto& [key, value] : parsed->object) options[key] = value;
-    }
-    auto node = tool->open(words.names[0], ImageTool::Access::kWrite, ImageTool::Backing::kFollow);
-    if (!node) return tool->failed(node.error());
-    auto done = tool->run(
-        block::amend_image(tool->graph(), **node, std::move(options), words.has("force"), tool->progress("Amending")));
     return done ? kOk : tool->failed(done.error());
 }
 
@@ -250,6 +218,10 @@ int rebase_command(std::span<const char* const> arguments) {
     if (!tool) return status;
     const Words& words = tool->words();
     if (!words.has("backing")) return tool->failed(Error(ErrorKind::kInvalid, "-b names the new backing file"));
+    if (!words.value("backing").empty() && !words.has("backing-format")) {
+        return tool->failed(
+            Error(ErrorKind::kInvalid, "backing format must be specified; say which with -F, it is never guessed"));
+    }
     auto node = tool->open(words.names[0], ImageTool::Access::kWrite, ImageTool::Backing::kIgnore);
     if (!node) return tool->failed(node.error());
     auto done = tool->run(

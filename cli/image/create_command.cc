@@ -25,13 +25,6 @@ constexpr Usage kUsage{.name = "create",
                        .min_names = 0,
                        .max_names = 2};
 
-void print_options(std::span<const block::CreationOption> options) {
-    std::vector<std::vector<std::string>> rows{{"NAME", "VALUE", "MEANING"}};
-    for (const block::CreationOption& o : options)
-        rows.push_back({std::string(o.name), std::string(o.kind), std::string(o.doc)});
-    std::fputs(table(rows).c_str(), stdout);
-}
-
 /// The size of the disk in the backing file, which also shows that it is there.
 Result<uint64_t> backing_size(ImageTool& tool, const std::string& image, const block::CreationWords& words) {
     TRY(std::string path, block::resolve_image_name(image, *block::word(words, "backing_file")));

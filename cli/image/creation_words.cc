@@ -1,5 +1,6 @@
 #include "cli/image/creation_words.h"
 
+#include "cli/readable.h"
 #include "schema/keyval.h"
 
 namespace gantry::cli::image {
@@ -29,6 +30,13 @@ Result<block::CreationWords> creation_words(const Words& words) {
         if (use.name == "backing-format") out.emplace_back("backing_fmt", use.value);
     }
     return out;
+}
+
+void print_options(std::span<const block::CreationOption> options) {
+    std::vector<std::vector<std::string>> rows{{"NAME", "VALUE", "MEANING"}};
+    for (const block::CreationOption& o : options)
+        rows.push_back({std::string(o.name), std::string(o.kind), std::string(o.doc)});
+    std::fputs(table(rows).c_str(), stdout);
 }
 
 }  // namespace gantry::cli::image

@@ -12,7 +12,7 @@ namespace {
 // ---- info ----
 
 constexpr OptionSpec kInfoOptions[] = {
-    {"backing-chain", 0, false, "", "also the backing files"},
+    {"backing-chain", 0, false, "", "also the backing files, one after the other"},
     {"force-share", 'U', false, "", "look at an image that somebody else may be writing"},
 };
 constexpr Usage kInfo{.name = "info",
@@ -141,11 +141,25 @@ int info_command(std::span<const char* const> arguments) {
     json::object info = tool->run(qmp::image_info_json(**node, chain));
     // As it was called: opened without its backing file the node has a longer name.
     if (!tool->words().has("image-opts")) info["filename"] = tool->words().names[0];
-    if (tool->json()) {
+    if (tool->json() && !chain) {
         tool->print_json(info);
-    } else {
-        std::fputs(readable(info).c_str(), stdout);
+        return kOk;
     }
+    json::array images;
+    for (bool more = true; more;) {
+        json::object below;
+        json::value* const backing = info.if_contains("backing-image");
+        more = backing != nullptr;
+        if (more) below = std::move(backing->as_object());
+        info.erase("backing-image");
+        images.push_back(std::exchange(info, std::move(below)));
+    }
+    if (tool->json()) {
+        tool->print_json(images);
+        return kOk;
+    }
+    for (const json::value& image : images)
+        std::printf("%s%s", &image == &images[0] ? "" : "\n", readable(image).c_str());
     return kOk;
 }
 
@@ -201,8 +215,14 @@ int check_command(std::span<const char* const> arguments) {
     } else if (!what.empty()) {
         return tool->failed(Error(ErrorKind::kInvalid, fmt::format("--repair {} is neither 'leaks' nor 'all'", what)));
     }
-    auto access = repair == block::CheckRepair::kNone ? ImageTool::Access::kRead : ImageTool::Access::kWrite;
-    if (words.has("force-share")) access = ImageTool::Access::kShared;
+    auto access = repair == block::CheckRepair::kNone ? ImageTool::Access::kRead : ImageTool::Access::kRepair;
+    if (words.has("force-share")) {
+        if (access == ImageTool::Access::kRepair) {
+            return tool->failed(
+                Error(ErrorKind::kInvalid, "--repair changes the image, which --force-share leaves to others"));
+        }
+        access = ImageTool::Access::kShared;
+    }
     auto node = tool->open(words.names[0], access, ImageTool::Backing::kIgnore);
     if (!node) return tool->failed(node.error());
     auto check = tool->run(block::check_image(tool->graph(), **node, repair, tool->progress("Checking")));

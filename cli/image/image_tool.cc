@@ -4,12 +4,11 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <charconv>
 
-#include "block/formats/image_reference.h"
+#include "cli/image/image_definition.h"
 #include "runtime/log.h"
 #include "schema/json_dialect.h"
-#include "schema/keyval.h"
+#include "schema/scalar_text.h"
 #include "schema/schema.h"
 #include "schema/validate.h"
 
@@ -80,36 +79,21 @@ std::string Words::value(std::string_view option) const {
     return last;
 }
 
-Result<uint64_t> parse_size(std::string_view text, uint64_t base) {
-    const auto bad = [&] {
+Result<uint64_t> parse_size(std::string_view text, std::optional<uint64_t> base) {
+    const char sign = text.starts_with('+') || text.starts_with('-') ? text[0] : 0;
+    const std::string_view rest = text.substr(sign ? 1 : 0);
+    const bool digit = !rest.empty() && rest[0] >= '0' && rest[0] <= '9';
+    const std::optional<uint64_t> number = digit ? schema::parse_size_text(rest) : std::nullopt;
+    constexpr auto kMax = static_cast<uint64_t>(INT64_MAX);
+    if (!number || *number > kMax || (sign && !base) || (sign == '+' && *number > kMax - *base)) {
         return fail(ErrorKind::kInvalid,
-                    "Invalid image size '{}'; bytes, or a number with k, M, G, T, P or E behind it", text);
-    };
-    std::string_view rest = text;
-    const char sign = rest.starts_with('+') || rest.starts_with('-') ? rest[0] : 0;
-    if (sign) rest.remove_prefix(1);
-    uint64_t number = 0;
-    auto [end, error] = std::from_chars(rest.data(), rest.data() + rest.size(), number);
-    if (error != std::errc() || end == rest.data()) return bad();
-    rest.remove_prefix(static_cast<size_t>(end - rest.data()));
-    unsigned shift = 0;
-    if (!rest.empty()) {
-        constexpr std::string_view kSuffixes = "bkmgtpe";
-        const size_t at = kSuffixes.find(static_cast<char>(std::tolower(static_cast<unsigned char>(rest[0]))));
-        if (at == std::string_view::npos || rest.size() > 1) return bad();
-        shift = static_cast<unsigned>(at) * 10;
+                    "Invalid image size '{}'; bytes, or a number with k, M, G, T, P or E behind it, less than 8E",
+                    text);
     }
-    if (number > (static_cast<uint64_t>(INT64_MAX) >> shift)) return bad();
-    number <<= shift;
-    if (sign == '+') {
-        if (number > static_cast<uint64_t>(INT64_MAX) - base) return bad();
-        return base + number;
-    }
-    if (sign == '-') {
-        if (number > base) return fail(ErrorKind::kInvalid, "'{}' is more than the image's {} bytes", text, base);
-        return base - number;
-    }
-    return number;
+    if (sign == '+') return *base + *number;
+    if (sign != '-') return *number;
+    if (*number > *base) return fail(ErrorKind::kInvalid, "'{}' is more than the image's {} bytes", text, *base);
+    return *base - *number;
 }
 
 std::unique_ptr<ImageTool> ImageTool::create(const Usage& usage, std::span<const char* const> arguments, int& status) {
@@ -143,7 +127,6 @@ std::unique_ptr<ImageTool> ImageTool::create(const Usage& usage, std::span<const
 }
 
 ImageTool::~ImageTool() {
-    if (bar_shown_) std::fputs("\n", stderr);
     if (daemon_) daemon_->shut_down();
 }
 
@@ -161,41 +144,68 @@ Result<> ImageTool::set_up() {
     return {};
 }
 
-Result<json::object> ImageTool::definition(const std::string& image, Access access, std::string format) {
-    const bool write = access == Access::kWrite;
-    if (words_.has("image-opts")) {
-        TRY(json::object options, schema::parse_option(schema::type("BlockdevOptions"), image, "driver"));
-        options["read-only"] = !write;
-        if (access == Access::kShared) options["force-share"] = true;
-        return options;
-    }
-    json::object file;
-    if (image.starts_with("json:")) {
-        TRY(json::object options, block::json_name_options(image));
-        options["read-only"] = !write;
-        return options;
-    }
-    struct stat st{};
-    if (::stat(image.c_str(), &st) != 0) return fail_errno(errno, "Could not open '{}'", image);
-    file = {{"driver", S_ISBLK(st.st_mode) ? "host_device" : "file"},
-            {"node-name", "image-file"},
-            {"filename", image},
-            {"read-only", !write},
-            {"discard", "unmap"}};
+/// The node below the image, for whoever finds out what the image is.
+Result<> ImageTool::add_file(json::object file, Access access) {
+    file["node-name"] = "image-file";
+    file["read-only"] = access == Access::kRead || access == Access::kShared;
+    file["discard"] = "unmap";
     if (access == Access::kShared) file["force-share"] = true;
     TRY(auto added, daemon_->execute("blockdev-add", std::move(file)));
     (void)added;
-    if (format.empty()) format = words_.value("format");
-    if (format.empty()) {
-        TRY(format, run(graph().probe(*graph().find("image-file"))));
-        if (format == "raw" && write) {
-            return fail(ErrorKind::kInvalid,
-                        "'{}' shows no known format, and a probed raw image is never changed; say --format raw if that "
-                        "is what it is",
-                        image);
-        }
+    return {};
+}
+
+/// As said by --format, or found out from the first bytes of "image-file".
+Result<std::string> ImageTool::find_format(const std::string& image, bool write) {
+    if (words_.has("format")) return words_.value("format");
+    TRY(std::string format, run(graph().probe(*graph().find("image-file"))));
+    if (format == "raw" && write) {
+        return fail(ErrorKind::kInvalid,
+                    "'{}' shows no known format, and a probed raw image is never changed; say --format raw if that "
+                    "is what it is",
+                    image);
     }
-    return json::object{{"driver", format}, {"file", "image-file"}, {"read-only", !write}, {"discard", "unmap"}};
+    return format;
+}
+
+/// What --image-opts or a json: name describe.
+Result<json::object> ImageTool::described(const std::string& text, Access access) {
+    TRY(ImageDefinition definition, parse_definition(text, words_.has("image-opts")));
+    json::object& options = definition.options;
+    const schema::Type& type = schema::type("BlockdevOptions");
+    json::value* const file = options.if_contains("file");
+    if (!options.contains("driver") && file && file->is_object()) {
+        TRY(json::object below, schema::validate(type, std::move(file->get_object()), definition.mode));
+        CHECK_OK(add_file(std::move(below), access));
+        TRY(options["driver"], find_format(text, access == Access::kWrite || access == Access::kRepair));
+        options["file"] = "image-file";
+    }
+    // The image says how it is encrypted; open() tries one, then the other.
+    json::value* const encrypt = options.if_contains("encrypt");
+    if (encrypt && encrypt->is_object() && !encrypt->get_object().contains("format")) {
+        encrypt->get_object()["format"] = "luks";
+        encryption_guessed_ = true;
+    }
+    return schema::validate(type, std::move(options), definition.mode);
+}
+
+Result<json::object> ImageTool::definition(const std::string& image, Access access, std::string format) {
+    const bool write = access == Access::kWrite || access == Access::kRepair;
+    json::object options;
+    if (words_.has("image-opts") || image.starts_with("json:")) {
+        TRY(options, described(image, access));
+    } else {
+        struct stat st{};
+        if (::stat(image.c_str(), &st) != 0) return fail_errno(errno, "Could not open '{}'", image);
+        CHECK_OK(add_file({{"driver", file_driver(image)}, {"filename", image}}, access));
+        if (format.empty()) {
+            TRY(format, find_format(image, write));
+        }
+        options = {{"driver", format}, {"file", "image-file"}, {"discard", "unmap"}};
+    }
+    options["read-only"] = !write;
+    if (access == Access::kShared) options["force-share"] = true;
+    return options;
 }
 
 /// Whether the driver of a definition takes the option.
@@ -207,36 +217,30 @@ bool ImageTool::has_option(const json::object& definition, std::string_view name
 }
 
 Result<block::Node*> ImageTool::open(const std::string& image, Access access, Backing backing, std::string format) {
+    graph().opens_for_repair = access == Access::kRepair;
     TRY(json::object options, definition(image, access, std::move(format)));
     options["node-name"] = "image";
     if (backing == Backing::kIgnore && !options.contains("backing") && has_option(options, "backing"))
         options["backing"] = nullptr;
-    if (access == Access::kShared) options["force-share"] = true;
-    auto added = daemon_->execute("blockdev-add", std::move(options));
+    auto added = daemon_->execute("blockdev-add", options);
+    if (!added && encryption_guessed_ && added.error().message().find("reported 'aes'") != std::string::npos) {
+        options["encrypt"].as_object()["format"] = "aes";
+        added = daemon_->execute("blockdev-add", std::move(options));
+    }
     if (!added) return std::unexpected(std::move(added).error().context(fmt::format("Could not open '{}'", image)));
     return graph().find("image");
 }
 
 block::Progress ImageTool::progress(std::string what) {
-    const bool show = words_.has("progress") || ::isatty(STDERR_FILENO);
-    return [this, show, what = std::move(what), last = -1](uint64_t done, uint64_t total) mutable {
-        const int percent =
-            total == 0 ? 100 : static_cast<int>(static_cast<double>(done) * 100 / static_cast<double>(total));
-        if (show && percent != last) {
-            last = percent;
-            bar_shown_ = true;
-            const int filled = std::min(percent, 100) * 40 / 100;
-            std::fprintf(stderr, "\r%s [%s%s] %3d%%", what.c_str(),
-                         std::string(static_cast<size_t>(filled), '#').c_str(),
-                         std::string(static_cast<size_t>(40 - filled), ' ').c_str(), percent);
-            std::fflush(stderr);
-        }
+    bar_.begin(std::move(what), words_.has("progress") || ::isatty(STDERR_FILENO));
+    return [this](uint64_t done, uint64_t total) {
+        bar_.update(done, total);
         return !daemon_->quitting();
     };
 }
 
 int ImageTool::failed(const Error& error) {
-    if (std::exchange(bar_shown_, false)) std::fputs("\n", stderr);
+    bar_.finish(false);
     std::fprintf(stderr, "gantry image %s: %s\n", std::string(usage_.name).c_str(), error.message().c_str());
     return kFailed;
 }

@@ -4,6 +4,7 @@
 
 #include <cstdio>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -11,6 +12,7 @@
 
 #include "block/image_operations.h"
 #include "cli/daemon.h"
+#include "cli/image/progress_bar.h"
 #include "cli/options.h"
 
 namespace gantry::cli::image {
@@ -37,8 +39,9 @@ struct Usage {
     size_t min_names = 1, max_names = 1;
 };
 
-/// Bytes with an optional suffix k, M, G, T, P, E (powers of 1024); "+N" and "-N" are relative to `base`.
-Result<uint64_t> parse_size(std::string_view text, uint64_t base = 0);
+/// Bytes with an optional suffix k, M, G, T, P, E (powers of 1024), below 2^63. "+N" and "-N" are relative to `base`;
+/// without one they are refused.
+Result<uint64_t> parse_size(std::string_view text, std::optional<uint64_t> base = std::nullopt);
 
 class ImageTool {
   public:
@@ -53,6 +56,7 @@ class ImageTool {
         kRead,
         kWrite,
         kShared,  // reading while somebody else may write
+        kRepair,  // writing by Graph::opens_for_repair: whatever state the image is in
     };
     enum class Backing : uint8_t { kFollow, kIgnore };
     /// The image named on the command line: a file, a json: definition, or with --image-opts options. Its node is
@@ -63,10 +67,12 @@ class ImageTool {
     Daemon& daemon() { return *daemon_; }
     template <class T>
     T run(Task<T> task) {
-        return daemon_->runtime().main_loop().run_until_complete(std::move(task));
+        T result = daemon_->runtime().main_loop().run_until_complete(std::move(task));
+        if constexpr (requires { result.has_value(); }) bar_.finish(result.has_value());
+        return result;
     }
 
-    /// A bar on the terminal (when stderr is one, or with --progress); ends on Ctrl-C.
+    /// A bar on the terminal (when stderr is one, or with --progress), up to the end of run(); stops on Ctrl-C.
     block::Progress progress(std::string what);
     /// Prints the error and gives kFailed.
     int failed(const Error& error);
@@ -76,12 +82,16 @@ class ImageTool {
     ImageTool(const Usage& usage, Words words) : usage_(usage), words_(std::move(words)) {}
     Result<> set_up();
     Result<json::object> definition(const std::string& image, Access access, std::string format);
+    Result<json::object> described(const std::string& text, Access access);
+    Result<> add_file(json::object file, Access access);
+    Result<std::string> find_format(const std::string& image, bool write);
     bool has_option(const json::object& definition, std::string_view name) const;
 
     const Usage& usage_;
     Words words_;
     std::unique_ptr<Daemon> daemon_;
-    bool bar_shown_ = false;
+    ProgressBar bar_;
+    bool encryption_guessed_ = false;
 };
 
 int info_command(std::span<const char* const> arguments);

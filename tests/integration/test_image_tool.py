@@ -76,7 +76,7 @@ class ImageTool(Case):
         info, theirs = self.json("info", top), self.qemu_json("info", top)
         for key in ("filename", "format", "virtual-size", "cluster-size", "backing-filename", "backing-filename-format", "format-specific", "dirty-flag"):
             self.assertEqual(theirs[key], info[key], key)
-        self.assertIn("backing-image", self.json("info", "--backing-chain", top))
+        self.assertEqual([top, base], [image["filename"] for image in self.json("info", "--backing-chain", top)])
         self.assertNotIn("backing-image", info)
         self.assertIn("virtual", self.image("info", top))
         self.assertEqual([{k: v for k, v in e.items() if k != "filename"} for e in self.qemu_json("map", top)],

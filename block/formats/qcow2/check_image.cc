@@ -8,7 +8,7 @@ namespace gantry::block::qcow2 {
 
 Task<Result<ImageCheck>> Qcow2Node::check(CheckRepair repair, Progress progress) {
     if (!metadata_) {
-        if (repair != CheckRepair::kNone) {
+        if (repair != CheckRepair::kNone && read_only()) {
             co_return fail(ErrorKind::kReadOnly, "Image is read-only; node '{}' must be writable to be repaired",
                            name());
         }

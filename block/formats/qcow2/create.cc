@@ -67,6 +67,12 @@ bool is_zero(std::span<const uint8_t> bytes) {
     return bytes[0] == 0 && std::memcmp(bytes.data(), bytes.data() + 1, bytes.size() - 1) == 0;
 }
 
+/// Progress of a part of the work, before which `before` of `total` bytes were done.
+Progress part_of(const Progress& whole, uint64_t before, uint64_t total) {
+    if (!whole) return {};
+    return [whole, before, total](uint64_t done, uint64_t) { return whole(before + done, total); };
+}
+
 Task<Result<>> Making::open(NewImage& what) {
     CO_CHECK(co_await file.open(std::move(what.file), "the creation of an image"));
     if (what.options.data_file) CO_CHECK(co_await data.open(std::move(what.data_file), "the creation of an image"));
@@ -116,13 +122,20 @@ Task<Result<>> Making::build(const NewImage& what, Progress progress) {
     CO_CHECK(co_await file.empty(layout.file_bytes(), layout.file_bytes()));
     // No old header may stand before new tables, or before a data file that is not its own any more.
     CO_CHECK(co_await file.flush());
-    if (options.data_file) CO_CHECK(co_await build_data_file(options, progress));
-    CO_CHECK(co_await write_metadata(layout, progress));
+    // One of the two is where space is taken.
+    const bool takes_space =
+        options.preallocation == Preallocation::kFalloc || options.preallocation == Preallocation::kFull;
+    const uint64_t in_data_file = takes_space && options.data_file ? options.size : 0;
+    const uint64_t metadata = layout.data_offset - layout.geometry.cluster_size();
+    const uint64_t total = in_data_file + metadata + (takes_space ? layout.data_bytes() : 0);
+    if (options.data_file) CO_CHECK(co_await build_data_file(options, part_of(progress, 0, total)));
+    CO_CHECK(co_await write_metadata(layout, part_of(progress, in_data_file, total)));
     if (!options.encrypt.empty()) {
         CO_TRY([[maybe_unused]] const std::unique_ptr<ClusterCipher> cipher,
                co_await write_encryption(std::move(plan.encryption), file.node(), layout.crypto_offset));
     }
-    CO_CHECK(co_await file.preallocate(layout.data_offset, layout.data_bytes(), options.preallocation, progress));
+    CO_CHECK(co_await file.preallocate(layout.data_offset, layout.data_bytes(), options.preallocation,
+                                       part_of(progress, in_data_file + metadata, total)));
     CO_CHECK(co_await file.flush());
     CO_CHECK(co_await file.write(0, plan.first_cluster, "image header"));
     co_return co_await file.flush();

@@ -65,6 +65,10 @@ Task<Result<>> Qcow2Node::opened() {
         if (image_.opened_snapshot) co_return Result<>();
         co_return co_await load_bitmaps(false);
     }
+    if (graph_.opens_for_repair) {
+        set_read_only(false);  // what check() may change; everybody else finds no metadata to write with
+        co_return Result<>();
+    }
     CO_CHECK(co_await make_writable());
     start_write_back();
     co_return Result<>();
