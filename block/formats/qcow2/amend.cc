@@ -60,7 +60,11 @@ Task<Result<>> change_header(Qcow2Node& node, AmendChange change) {
         co_return written;
     }
     image.geometry = image.header.geometry();
-    if (change.lazy_refcounts) op.metadata().options().lazy_refcounts = *change.lazy_refcounts;
+    if (!change.lazy_refcounts) co_return Result<>();
+    // Counts may stay behind only after the dirty bit was set, which the next session begins with.
+    op.unlock();
+    CO_CHECK(co_await op.metadata().settle());
+    op.metadata().options().lazy_refcounts = *change.lazy_refcounts;
     co_return Result<>();
 }
 

@@ -161,11 +161,9 @@ class Rewrite {
         store_be64(bytes + 32, h.compatible_features);
         store_be64(bytes + 40, h.autoclear_features);
         store_be32(bytes + 48, order_);
-        op_.keep();
         // Version 2 has nothing behind the snapshot table's offset.
         const size_t length = h.version < 3 ? 12 : sizeof bytes;
-        CO_CHECK(co_await op_.file().write(kFixedAt, std::span(bytes, length), "header"));
-        CO_CHECK(co_await op_.file().flush());
+        CO_CHECK(co_await op_.switch_header(kFixedAt, std::span(bytes, length)));
         h.refcount_table_offset = layout_.offset;
         h.refcount_table_clusters = static_cast<uint32_t>(layout_.table_clusters());
         h.refcount_order = order_;

@@ -147,6 +147,12 @@ Task<Result<>> Compaction::return_holes() {
     co_return Result<>();
 }
 
+/// Entries that may still name an old table in the file are written again before anything is written through them.
+void Compaction::publish() {
+    publish_tables(op_, active_l1_);
+    for (const uint64_t index : unsure_l1_) op_.metadata().l1().set(index, active_l1_[index]);
+}
+
 Task<Result<>> Compaction::move_metadata() {
     CO_CHECK(co_await move_all(What::kTables));
     co_return co_await move_pointers();
@@ -158,7 +164,7 @@ Task<Result<>> Compaction::run() {
     if (moved) moved = co_await move_all(What::kData);
     if (moved) moved = co_await move_all(What::kBlobs);
     if (moved) moved = co_await move_metadata();
-    publish_tables(op_, active_l1_);
+    publish();
     CO_CHECK(co_await op_.stabilise());
     CO_CHECK(std::move(moved));
     CO_CHECK(co_await cut_file(op_));
@@ -169,7 +175,7 @@ Task<Result<>> Compaction::run() {
 Task<Result<>> Compaction::run_metadata() {
     CO_CHECK(co_await look());
     Result<> moved = co_await move_metadata();
-    publish_tables(op_, active_l1_);
+    publish();
     CO_CHECK(co_await op_.stabilise());
     CO_CHECK(std::move(moved));
     co_return co_await cut_file(op_);

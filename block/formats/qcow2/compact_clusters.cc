@@ -85,7 +85,10 @@ Task<Result<>> Compaction::change_l1(const std::vector<std::pair<size_t, uint64_
         const uint64_t changed = (load_be64(word) & ~kOffsetMask) | place;
         store_be64(word, changed);
         // Memory first: what is written next must not go to the old table.
-        if (refs_[ref].table == op_.header().l1_table_offset) active_l1_[refs_[ref].index] = changed;
+        if (refs_[ref].table == op_.header().l1_table_offset) {
+            active_l1_[refs_[ref].index] = changed;
+            unsure_l1_.push_back(refs_[ref].index);
+        }
         CO_CHECK(co_await op_.file().write(at, word, "L1 table"));
     }
     co_return Result<>();
@@ -104,6 +107,7 @@ Task<Result<>> Compaction::carry_out(What what) {
         CO_CHECK(co_await change_tables(changes));
     }
     CO_CHECK(co_await op_.file().flush());
+    unsure_l1_.clear();
     OverlapMap& overlap = op_.metadata().overlap();
     for (const Move& move : moves_) {
         CO_CHECK(co_await op_.refcounts().change(move.from, 1, -static_cast<int64_t>(move.count)));

@@ -56,6 +56,7 @@ class Compaction {
     Task<Result<>> move_metadata();
     Task<Result<>> move_pointers();
     Task<Result<>> return_holes();
+    void publish();
     Task<Result<>> step(uint64_t clusters);
     uint64_t cluster_bits() const { return op_.geometry().cluster_bits; }
     uint64_t bytes(uint64_t clusters) const { return clusters << cluster_bits(); }
@@ -86,6 +87,7 @@ class Compaction {
     Operation& op_;
     Progress progress_;
     std::vector<uint64_t> active_l1_;  // as the file has it
+    std::vector<uint64_t> unsure_l1_;  // but for these entries: writing them may have failed
     std::vector<bool> used_;           // by cluster
     uint64_t target_ = 0;              // clusters in use, so where the file would end without holes
     uint64_t hole_ = 1;                // where next_hole() goes on

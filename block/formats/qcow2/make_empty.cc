@@ -24,7 +24,9 @@ Task<Result<>> Qcow2Node::make_empty() {
         co_await contents.discard(0, contents.size());
     }
     Compaction compaction(op, {});
-    co_return co_await compaction.run_metadata();
+    Result<> moved = co_await compaction.run_metadata();
+    if (!moved) co_await op.give_back();
+    co_return moved;
 }
 
 }  // namespace gantry::block::qcow2

@@ -225,6 +225,18 @@ Task<Error> Metadata::corrupt(std::string message, uint64_t offset) {
 
 // ---- Header ----
 
+Task<Result<>> Metadata::switch_header(uint64_t offset, std::span<const uint8_t> after) {
+    std::vector<uint8_t> before(after.size());
+    CO_CHECK(co_await file_.read(offset, before, "qcow2 header"));
+    Result<> done = co_await file_.write(offset, after, "qcow2 header");
+    if (done) done = co_await file_.flush();
+    if (done) co_return done;
+    Result<> undone = co_await file_.write(offset, before, "qcow2 header");
+    if (undone) undone = co_await file_.flush();
+    if (!undone) host_.header_lost(undone.error());
+    co_return done;
+}
+
 Task<Result<>> Metadata::write_header() {
     CO_TRY(const std::vector<uint8_t> after, encode_header_cluster(image_));
     std::vector<uint8_t> before(after.size());
@@ -235,9 +247,10 @@ Task<Result<>> Metadata::write_header() {
         size_t end = after.size();
         while (before[end - 1] == after[end - 1]) end--;
         const size_t begin = static_cast<size_t>(from - before.begin());
-        CO_CHECK(co_await file_.write(begin, std::span(after).subspan(begin, end - begin), "qcow2 header"));
+        CO_CHECK(co_await switch_header(begin, std::span(after).subspan(begin, end - begin)));
+    } else {
+        CO_CHECK(co_await file_.flush());
     }
-    CO_CHECK(co_await file_.flush());
     co_return take_header_cluster(image_, after, file_.node_name());
 }
 
@@ -248,8 +261,7 @@ Task<Result<>> Metadata::write_features() {
     store_be64(words.data(), h.incompatible_features);
     store_be64(words.data() + 8, h.compatible_features);
     store_be64(words.data() + 16, h.autoclear_features);
-    CO_CHECK(co_await file_.write(kFeaturesAt, words, "qcow2 header"));
-    co_return co_await file_.flush();
+    co_return co_await switch_header(kFeaturesAt, words);
 }
 
 }  // namespace gantry::block::qcow2

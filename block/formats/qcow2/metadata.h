@@ -66,6 +66,9 @@ class Metadata {
         virtual Task<Error> corrupt_on_write(std::string message, uint64_t offset, uint64_t bytes) = 0;
         /// Null: guest data lives in the image file.
         virtual Node* data_file() = 0;
+        /// A write of the header failed, and so did putting back what it said before: nobody knows what it names, so
+        /// nothing may be written any more.
+        virtual void header_lost(const Error& error) = 0;
     };
 
     Metadata(Host& host, ImageFile& file, Image& image, L2SliceCache& l2, WriteOptions options);
@@ -134,6 +137,9 @@ class Metadata {
 
     // ---- Header (under mutex(), or drained on the main loop) ----
 
+    /// One write of `after` at `offset` of the file, then a flush. What was there is put back when that fails, so that
+    /// the file says what memory says, on an error too; see Host::header_lost().
+    Task<Result<>> switch_header(uint64_t offset, std::span<const uint8_t> after);
     /// Rewrites the first cluster from image().header and image().extensions; one write, then a flush; image() says
     /// afterwards what the file says. kTooLarge when it does not fit. Nothing has changed then.
     Task<Result<>> write_header();
@@ -144,22 +150,22 @@ class Metadata {
     Task<Result<>> reload_mapping();
     /// The same for who knows the entries of the L1 table that the header names; cannot fail.
     void replace_mapping(std::span<const uint64_t> l1);
+    /// kCorrupt: the L1 table lies on other metadata, so none of its entries may be written.
+    Result<> check_l1_place() const;
 
   private:
     struct Freed {
         uint64_t offset, bytes;
         FreedBy by;
     };
-    /// kCorrupt: the L1 table lies on other metadata, so none of its entries may be written.
-    Result<> check_l1_place() const;
     struct Taken;
     struct FileWrite;
 
     uint64_t cluster_size() const { return image_.geometry.cluster_size(); }
+    uint64_t slices_per_table() const { return cluster_size() / l2_.slice_bytes(); }
 
     // metadata.cc
     Task<Result<>> load_l1();
-    uint64_t slices_per_table() const { return cluster_size() / l2_.slice_bytes(); }
     void mark_active_tables();
     void unmark_active_tables();
     Task<Result<>> mark_snapshots();
@@ -208,6 +214,7 @@ class Metadata {
     AsyncMutex write_back_mutex_;
     FlushState flushes_, write_backs_;
     std::atomic<bool> barrier_{false}, in_session_{false};
+    bool marks_left_ = false;  // a session is over, but its marks could not be taken off; main loop, drained
     /// Offsets of L2 tables that cannot be right (on other metadata, of two L1 entries, behind the file, off the
     /// clusters): nothing is written there. Changed drained.
     std::unordered_set<uint64_t> bad_tables_;

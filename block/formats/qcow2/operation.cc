@@ -74,6 +74,14 @@ Task<Result<>> Operation::stabilise() {
     co_return co_await file().flush();
 }
 
+Task<Result<>> Operation::switch_header(uint64_t offset, std::span<const uint8_t> bytes) {
+    Result<> done = co_await metadata_->switch_header(offset, bytes);
+    if (done || header_lost()) keep();
+    co_return done;
+}
+
+bool Operation::header_lost() const { return !node_.check_writable(); }
+
 Task<Result<>> Operation::switch_mapping(uint64_t disk_size, uint64_t l1_entries, uint64_t l1_offset) {
     constexpr uint64_t kAt = 24;
     uint8_t bytes[24];
@@ -81,9 +89,7 @@ Task<Result<>> Operation::switch_mapping(uint64_t disk_size, uint64_t l1_entries
     store_be32(bytes + 8, header().crypt_method);
     store_be32(bytes + 12, static_cast<uint32_t>(l1_entries));
     store_be64(bytes + 16, l1_offset);
-    keep();
-    CO_CHECK(co_await file().write(kAt, bytes, "header"));
-    CO_CHECK(co_await file().flush());
+    CO_CHECK(co_await switch_header(kAt, bytes));
     header().size = disk_size;
     header().l1_size = static_cast<uint32_t>(l1_entries);
     header().l1_table_offset = l1_offset;
@@ -97,9 +103,7 @@ Task<Result<>> Operation::switch_snapshots(std::vector<Snapshot> snapshots, uint
     uint8_t bytes[12];
     store_be32(bytes, static_cast<uint32_t>(snapshots.size()));
     store_be64(bytes + 4, table_offset);
-    keep();
-    CO_CHECK(co_await file().write(kAt, bytes, "header"));
-    CO_CHECK(co_await file().flush());
+    CO_CHECK(co_await switch_header(kAt, bytes));
     OverlapMap& overlap = metadata_->overlap();
     if (header().nb_snapshots != 0) {
         overlap.remove(Structure::kSnapshotTable, header().snapshots_offset, stored_bytes(image().snapshots));

@@ -52,8 +52,12 @@ class Operation {
 
     /// Everything counted and written so far is stable.
     Task<Result<>> stabilise();
+    /// Metadata::switch_header(); rows are kept unless the file certainly says what it said before.
+    Task<Result<>> switch_header(uint64_t offset, std::span<const uint8_t> bytes);
+    /// Nobody knows what the header says: what was made may be in use, so nothing is undone.
+    bool header_lost() const;
     /// One write of the header (disk size and active L1 table, bytes 24 to 47), then a flush. Memory follows when that
-    /// succeeded; rows are kept in any case, because nobody knows what the file says after an error.
+    /// succeeded.
     Task<Result<>> switch_mapping(uint64_t disk_size, uint64_t l1_entries, uint64_t l1_offset);
     /// The same for the snapshot table (bytes 60 to 71).
     Task<Result<>> switch_snapshots(std::vector<Snapshot> snapshots, uint64_t table_offset);
@@ -84,7 +88,7 @@ class Operation {
     std::vector<Row> metadata_places_;  // sorted; filled by the first check
 };
 
-}  // namespace gantry::block::qcow2
 /// Entries of the snapshot table get the extra data that version 3 asks for, where they lack it. snapshots.cc.
 Task<Result<>> complete_snapshots(Operation& op);
 
+}  // namespace gantry::block::qcow2

@@ -74,15 +74,16 @@ Task<Result<>> grow(Qcow2Node& node, uint64_t new_size, Preallocation preallocat
 
     op.image().disk_size = new_size;
     node.take_size(new_size);
-    Result<> filled = co_await fill_growth(node, old_size, preallocation, std::move(progress));
-    if (!filled) {
-        op.image().disk_size = old_size;
-        node.take_size(old_size);
-        (void)follow_bitmaps(node, old_size);
-        co_return filled;
+    Result<> grown = co_await fill_growth(node, old_size, preallocation, std::move(progress));
+    if (grown) {
+        co_await op.lock();
+        grown = co_await op.switch_mapping(new_size, op.header().l1_size, op.header().l1_table_offset);
     }
-    co_await op.lock();
-    co_return co_await op.switch_mapping(new_size, op.header().l1_size, op.header().l1_table_offset);
+    if (grown) co_return grown;
+    op.image().disk_size = old_size;
+    node.take_size(old_size);
+    (void)follow_bitmaps(node, old_size);
+    co_return grown;
 }
 
 Task<Result<>> shrink(Qcow2Node& node, uint64_t new_size) {
@@ -97,7 +98,9 @@ Task<Result<>> shrink(Qcow2Node& node, uint64_t new_size) {
     CO_CHECK(co_await resize_data_file(node, new_size));
     // The new tables were made while the old ones filled the file.
     Compaction compaction(op, {});
-    co_return co_await compaction.run_metadata();
+    Result<> moved = co_await compaction.run_metadata();
+    if (!moved) co_await op.give_back();
+    co_return moved;
 }
 
 }  // namespace

@@ -88,7 +88,7 @@ Task<Result<>> Metadata::return_reserved() {
 
 Task<Result<>> Metadata::settle() {
     CO_CHECK(co_await flush());
-    if (!in_session()) co_return Result<>();
+    if (!in_session() && !marks_left_) co_return Result<>();
     CO_CHECK(co_await return_reserved());
     // A flush lowers counts in memory after it has written them: until nothing is left to be written.
     strict_.store(true);
@@ -117,11 +117,14 @@ Task<Result<>> Metadata::end_session() {
     const uint64_t incompatible = h.incompatible_features & ~kIncompatDirty;
     const uint64_t autoclear = h.autoclear_features & ~kAutoclearSession;
     if (h.version >= 3) put_features(after, incompatible, h.compatible_features, autoclear);
+    // Whatever an error leaves in the file, the next session makes all its marks again.
+    in_session_.store(false, std::memory_order_release);
+    marks_left_ = true;
     CO_CHECK(co_await change_header(before, after));
+    marks_left_ = false;
     h.incompatible_features = incompatible;
     h.autoclear_features = autoclear;
     if (session) session->flags &= ~kSessionOpen;
-    in_session_.store(false, std::memory_order_release);
     co_return Result<>();
 }
 

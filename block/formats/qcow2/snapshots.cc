@@ -75,16 +75,18 @@ Task<Result<>> create_steps(Operation& op, Snapshot snapshot) {
     // From here on what is counted twice may not be written in place, whatever becomes of the rest.
     Result<> done = co_await rebuild_active(op, l1, Copied::kNowhere);
     if (done) done = co_await op.stabilise();
+    const uint64_t old_offset = h.snapshots_offset;
+    const uint64_t old_bytes = stored_bytes(op.image().snapshots);
+    if (done) done = co_await op.switch_snapshots(std::move(snapshots), table);
     if (!done) {
+        if (op.header_lost()) co_return done;
         // The snapshot does not exist: back to one count. The flags are found again by count.
         CO_CHECK(co_await release_tree(op, l1, false));
         CO_CHECK(co_await op.finish(false));
+        for (uint64_t& word : l1) word &= ~kCopied;  // as the file has it
         (void)co_await rebuild_active(op, l1, Copied::kByCount);
         co_return done;
     }
-    const uint64_t old_offset = h.snapshots_offset;
-    const uint64_t old_bytes = stored_bytes(op.image().snapshots);
-    CO_CHECK(co_await op.switch_snapshots(std::move(snapshots), table));
     OverlapMap& overlap = op.metadata().overlap();
     overlap.add(Structure::kInactiveL1, snapshot.l1_table_offset, copy.size() * 8);
     mark_tables(overlap, Structure::kInactiveL2, l1, op.geometry().cluster_size(), true);
@@ -111,13 +113,14 @@ Task<Result<>> apply_steps(Operation& op, const Snapshot& snapshot) {
     if (!flags) done = std::unexpected(std::move(flags).error());
     if (done) done = co_await op.write_l1(offset, l1);
     if (done) done = co_await op.stabilise();
+    const uint64_t old_offset = h.l1_table_offset;
+    if (done) done = co_await op.switch_mapping(disk_size, l1.size(), offset);
     if (!done) {
+        if (op.header_lost()) co_return done;
         CO_CHECK(co_await release_tree(op, l1, false));
         CO_CHECK(co_await op.finish(false));
         co_return done;
     }
-    const uint64_t old_offset = h.l1_table_offset;
-    CO_CHECK(co_await op.switch_mapping(disk_size, l1.size(), offset));
     op.publish_mapping(l1);
 
     const bool discard = op.metadata().options().pass_discard_snapshot;

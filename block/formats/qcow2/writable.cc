@@ -36,9 +36,10 @@ Result<> check_may_be_written(const Image& image, std::string_view node) {
 
 Result<> Qcow2Node::check_writable() const {
     if (broken_.load(std::memory_order_relaxed)) {
+        const char* why = header_lost_.load(std::memory_order_relaxed) ? "the image lost its header and"
+                                                                       : "the image is marked corrupt and";
         return std::unexpected(
-            Error(ErrorKind::kCorrupt,
-                  fmt::format("node '{}': the image is marked corrupt and takes no more writes", name()), EIO));
+            Error(ErrorKind::kCorrupt, fmt::format("node '{}': {} takes no more writes", name(), why), EIO));
     }
     if (!metadata_) return fail(ErrorKind::kReadOnly, "node '{}' is read-only", name());
     return {};
@@ -85,6 +86,15 @@ Task<Error> Qcow2Node::corrupt_on_write(std::string message, uint64_t offset, ui
     co_return Error(ErrorKind::kCorrupt, fmt::format("node '{}': image is corrupt: {}", name(), message), EIO);
 }
 
+void Qcow2Node::header_lost(const Error& error) {
+    header_lost_ = true;
+    if (broken_.exchange(true)) return;
+    log::error(
+        "node '{}': nobody knows what the header of the image says: {}; it takes no more writes until it is "
+        "opened anew",
+        name(), error.message());
+}
+
 Node* Qcow2Node::data_file() { return geometry().external_data ? &data() : nullptr; }
 
 // ---- Read-only to writable ----
@@ -98,6 +108,10 @@ Task<Result<>> Qcow2Node::make_writable() {
 
 Task<Result<>> Qcow2Node::become_writable() {
     CO_CHECK(check_may_be_written(image_, name()));
+    if (header_lost_) {
+        co_return refuse(ErrorKind::kReadOnly, name(), "The header of the image could not be written",
+                         "what it says now is known only after it is opened anew");
+    }
     broken_ = false;
     if (l2_cache_->dirty_count() != 0) {
         // What an earlier time of writing could not bring to the file.

@@ -99,6 +99,7 @@ struct Rig : Metadata::Host {
         co_return Error(ErrorKind::kCorrupt, message, EIO);
     }
     block::Node* data_file() override { return nullptr; }
+    void header_lost(const Error&) override { lost = true; }
 
     template <class T>
     std::string run(Task<Result<T>> task) {
@@ -189,6 +190,7 @@ struct Rig : Metadata::Host {
     std::unique_ptr<L2SliceCache> cache;
     std::unique_ptr<Metadata> metadata;
     std::vector<std::string> corruptions;
+    bool lost = false;
     std::map<uint64_t, std::vector<uint8_t>> model;  // guest cluster: every byte it was filled with
 };
 
