@@ -290,10 +290,10 @@ class Qcow2Node final : public FormatNode, public ImageOperations, private Metad
     std::atomic<bool> damage_reported_{false};
     std::atomic<bool> broken_{false};  // marked corrupt, or header_lost_: no write any more
     std::atomic<bool> header_lost_{false};
-    Timer clean_timer_;                // main loop
-    TaskScope background_;             // main loop
-    Timer write_back_timer_;           // main loop
-    TaskScope write_back_;             // main loop
+    Timer clean_timer_;       // main loop
+    TaskScope background_;    // main loop
+    Timer write_back_timer_;  // main loop
+    TaskScope write_back_;    // main loop
     std::atomic<bool> write_back_kicked_{false};
     bool write_back_stops_ = false;
     bool closing_ = false;
