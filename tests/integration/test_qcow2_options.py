@@ -245,6 +245,11 @@ class Guards(OptionsCase):
 class Memory(OptionsCase):
     """What docs/qcow2.md says about the memory of an open image."""
 
+    def setUp(self):
+        super().setUp()
+        if gantry_test.BUILD.name in ("asan", "tsan"):
+            gantry_test.missing("sanitizers take memory of their own", installable=False)
+
     def tebibyte(self):
         """Every part of the disk is mapped, all tables being the same one: a full working set in a small file."""
         cluster, entries = 64 * KIB, 8192
