@@ -72,6 +72,7 @@ class Images(gt.Case):
         self.q.cmd(command, job_id="j", **arguments)
         concluded = gt.wait_for(lambda: [j for j in self.q.cmd("query-jobs") if j["status"] == "concluded"], "the job")[0]
         self.assertEqual(concluded["current-progress"], concluded["total-progress"])
+        self.assertEqual(command.rpartition("-")[2], concluded["type"])
         self.q.cmd("job-dismiss", id="j")
         statuses = []
         while "null" not in statuses:
