@@ -1,4 +1,5 @@
 #!/usr/bin/python3
+# One configuration: what is tried is done by threads of their own.
 """Encrypted qcow2 images between the daemon and qemu-img: every cipher and mode read and written, secrets, key slots, refusals."""
 
 import atexit

@@ -1,4 +1,5 @@
 #!/usr/bin/python3
+# One configuration: the tool has loops of its own.
 """gantry image: every subcommand on images of ours and of qemu-img; what it says is compared with what qemu-img says."""
 
 import json

@@ -1,4 +1,5 @@
 #!/usr/bin/python3
+# One configuration: what differs is the images.
 """qcow2 images of every pair of features: the reference fills them, we read and write them, the reference judges."""
 
 import itertools
