@@ -1,6 +1,5 @@
 #!/usr/bin/python3
 # One configuration: the tool has loops of its own.
-# One configuration: the tool has loops of its own.
 """gantry image beside qemu-img: equal JSON and exit statuses for the same images, equal images from the same words."""
 
 import json

@@ -1,6 +1,5 @@
 #!/usr/bin/python3
 # One configuration: the tool has loops of its own.
-# One configuration: the tool has loops of its own.
 """gantry image: one sentence for what cannot be done, and the progress bar of long work on a terminal."""
 
 import json
