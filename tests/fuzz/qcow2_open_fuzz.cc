@@ -1,30 +1,24 @@
-// Opens any bytes as a qcow2 image on a memory node, asks everything a reader may ask, and closes it again.
+// Opens any bytes as a qcow2 image on a memory node, asks everything a reader may ask, checks it, and closes it again.
 
 #include <algorithm>
-#include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <vector>
 
-#include "block/crypto/secrets.h"
-#include "block/formats/qcow2/qcow2.h"
-#include "block/formats/raw.h"
-#include "block/graph.h"
-#include "block/root.h"
-#include "runtime/log.h"
-#include "runtime/runtime.h"
-#include "tests/support/memory_node.h"
+#include "block/image_control.h"
+#include "block/measure.h"
+#include "tests/fuzz/qcow2_environment.h"
 
 namespace {
 
 using namespace gantry;
+using test::Qcow2Environment;
+using test::Qcow2Input;
 
 constexpr uint64_t kReadBytes = 128 * 1024;
+constexpr uint64_t kMeasuredBytes = uint64_t{64} << 20;
+constexpr int kMaxExtents = 1000;
 
 /// Pieces of the disk: both ends, and places spread between them.
-Task<void> use(block::Node& node) {
+Task<void> read_pieces(block::Node& node) {
     block::Request rq = block::Request::internal();
-    (void)co_await node.image_info();
     Buffer buffer = Buffer::alloc(kReadBytes);
     const uint64_t size = node.size();
     for (unsigned i = 0; i < 8; i++) {
@@ -36,63 +30,69 @@ Task<void> use(block::Node& node) {
         const iovec odd = buffer.iov(0, std::min<uint64_t>(length, 777));
         (void)co_await node.read(rq, at, IoVec(odd));
         auto status = co_await node.block_status(rq, at, size - at);
-        if (status && status->length == 0) std::abort();
+        FUZZ_REQUIRE(!status || status->length != 0);
     }
+}
+
+/// As `map` does: extent by extent from the start.
+Task<void> map(block::Node& node) {
+    block::Request rq = block::Request::internal();
+    uint64_t at = 0;
+    for (int i = 0; i < kMaxExtents && at < node.size(); i++) {
+        auto status = co_await node.block_status(rq, at, node.size() - at);
+        if (!status) co_return;
+        FUZZ_REQUIRE(status->length != 0 && status->length <= node.size() - at);
+        at += status->length;
+    }
+}
+
+Task<void> check(block::Graph& graph, block::Node& node) {
+    auto first = co_await block::check_image(graph, node, block::CheckRepair::kNone);
+    auto second = co_await block::check_image(graph, node, block::CheckRepair::kNone);
+    FUZZ_REQUIRE(first.has_value() == second.has_value());
+    if (!first) co_return;
+    FUZZ_REQUIRE(first->corruptions == second->corruptions && first->leaks == second->leaks);
+    FUZZ_REQUIRE(first->corruptions_fixed == 0 && first->leaks_fixed == 0);
+    FUZZ_REQUIRE((first->corruptions + first->leaks + first->check_errors == 0) == first->findings.empty());
+    FUZZ_REQUIRE(first->findings.size() <= block::ImageCheck::kMaxFindings);
+    auto refused = co_await block::check_image(graph, node, block::CheckRepair::kAll);
+    FUZZ_REQUIRE(!refused && refused.error().kind() == ErrorKind::kReadOnly);
 }
 
 Task<void> open_and_use(block::Graph& graph, json::object options) {
     auto added = co_await graph.add(std::move(options));
-    if (!added) co_return;
-    block::RootOptions reader;
-    reader.perms = {block::Perm::kConsistentRead, block::Perm::kAll};
-    reader.user = "the fuzzer";
-    auto root = co_await graph.attach(**added, std::move(reader));
-    if (!root) std::abort();
-    co_await use((*root)->node());
-    co_await graph.detach(std::move(*root));
-    auto removed = co_await graph.remove("q");
-    if (!removed) std::abort();
-}
-
-struct Environment {
-    Environment() {
-        log::set_level(log::Level::kOff);
-        RuntimeOptions options;
-        options.backend = IoBackendKind::kEpoll;
-        options.io_loops = 0;
-        options.pool_threads = 1;
-        runtime = std::move(*Runtime::create(options));
-        // No file driver: names found in an image lead nowhere on this machine.
-        drivers = {block::kQcow2Driver, block::kRawDriver, test::kMemoryDriver};
-        disk = test::MemoryDisk::named("image");
+    if (!added) {
+        FUZZ_REQUIRE(!added.error().message().empty());
+        FUZZ_REQUIRE(graph.nodes().empty());
+        co_return;
     }
-    std::unique_ptr<Runtime> runtime;
-    std::vector<block::Driver> drivers;
-    std::shared_ptr<test::MemoryDisk> disk;
-};
+    auto root = co_await test::use_node(graph, **added, block::Perm::kConsistentRead);
+    block::Node& node = root->node();
+    (void)co_await node.image_info();
+    co_await read_pieces(node);
+    co_await map(node);
+    co_await check(graph, node);
+    if (node.size() <= kMeasuredBytes) {
+        (void)co_await block::measure_image(graph, "qcow2", {.size = node.size(), .source = &node}, {});
+    }
+    co_await graph.detach(std::move(root));
+    auto removed = co_await graph.remove("q");
+    FUZZ_REQUIRE(removed);
+}
 
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-    static Environment* const environment = new Environment;
-    Environment& e = *environment;
+    static Qcow2Environment* const environment = new Qcow2Environment;
     if (size > test::MemoryDisk::kCapacity) return 0;
-    e.disk->resize(0);
-    e.disk->resize(size);
-    if (size != 0) e.disk->write(0, data, size);
-    block::Graph graph(*e.runtime, e.drivers, nullptr);
-    graph.opens_locked = true;  // unlocking is bounded, but not by milliseconds
-    const json::object secret{{"qom-type", "secret"}, {"id", "s"}, {"data", "key"}};
-    (void)e.runtime->main_loop().run_until_complete(graph.secrets().add(secret));
-    const json::object file{{"driver", "memory"}, {"disk", "image"}};
-    const json::object plain{{"driver", "qcow2"}, {"node-name", "q"}, {"read-only", true}, {"file", file}};
+    Qcow2Input input(*environment, data, size);
+    json::object plain = input.image();
+    plain["read-only"] = true;
     json::object snapshot = plain;
     snapshot["snapshot"] = "1";
-    json::object legacy = plain;
-    legacy["encrypt"] = json::object{{"format", "aes"}, {"key-secret", "s"}};
-    for (const json::object& options : {plain, snapshot, legacy}) {
-        e.runtime->main_loop().run_until_complete(open_and_use(graph, options));
+    for (const json::object& options : {plain, snapshot}) {
+        environment->run(open_and_use(*input.graph, options));
     }
-    e.runtime->main_loop().run_until_complete(graph.close_all());
+    FUZZ_REQUIRE(input.holds(data, size));  // read-only changes nothing
     return 0;
 }
