@@ -117,6 +117,11 @@ Result<> Parser::take_crypto(std::span<const uint8_t> data, uint64_t at) {
                               "the extension at byte {} announces {:#x} bytes at offset {:#x}", at, crypto.length,
                               crypto.offset);
     }
+    if (crypto.length > kMaxCryptoHeaderBytes) {
+        return refuse_corrupt(node, "Encryption header too large",
+                              "the extension at byte {} announces {:#x} bytes, more than {:#x}", at, crypto.length,
+                              kMaxCryptoHeaderBytes);
+    }
     out.crypto = crypto;
     return {};
 }

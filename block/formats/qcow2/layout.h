@@ -56,6 +56,8 @@ constexpr uint32_t kMinBitmapGranularityBits = 9;
 constexpr uint32_t kMaxBitmapGranularityBits = 31;
 constexpr uint64_t kMaxBitmapBytes = uint64_t{512} << 20;
 constexpr uint64_t kMaxBitmapTableEntries = uint64_t{1} << 27;
+/// A LUKS header with eight slots of the longest keys takes 4 MiB; a check counts each cluster of it.
+constexpr uint64_t kMaxCryptoHeaderBytes = uint64_t{256} << 20;
 /// Offsets and sizes stay below this, so that sums of two never wrap.
 constexpr uint64_t kMaxOffset = INT64_MAX;
 

@@ -68,6 +68,7 @@ constexpr Patch kPatches[] = {
     {"L1 large", 36, 4, 4194305, "Active L1 table too large", "4194305"},
     {"L1 huge", 36, 4, 0xffffffff, "Active L1 table too large", "4294967295"},
     {"L1 unaligned", 40, 8, 0x601, "Active L1 table offset invalid", "0x601"},
+    {"L1 in the header", 40, 8, 0, "Active L1 table offset invalid", "lie in the header"},
     {"L1 wraps", 40, 8, 0x8000000000000000, "Active L1 table offset invalid", "0x8000000000000000"},
     {"L1 too small", 36, 4, 0, "L1 table is too small", "0 entries"},
     {"disk beyond L1", 24, 8, 32769, "L1 table is too small", "32769"},
@@ -201,6 +202,7 @@ TEST_CASE("qcow2: malformed extensions are refused", "[qcow2][extensions][malfor
     CHECK(luks(8, 0, 0).starts_with("CRYPTO header extension size 8, but expected size 16"));
     CHECK(luks(16, 1, 0).starts_with("Encryption header offset '1' is not a multiple of cluster size '512'"));
     CHECK(luks(16, 1024, ~uint64_t{0}).starts_with("Encryption header does not fit"));
+    CHECK(luks(16, 1024, (uint64_t{256} << 20) + 1).starts_with("Encryption header too large"));
     CHECK(luks(16, 1024, 512) == "");
 }
 
