@@ -8,6 +8,8 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <map>
+#include <utility>
 
 namespace gantry::block::qcow2 {
 
@@ -92,6 +94,15 @@ Result<> MappingLog::attach(UniqueFd fd) {
 }
 
 uint64_t MappingLog::session() const { return base_ ? head().session.load() : 0; }
+
+std::vector<MappingRecord> newest(std::span<const MappingRecord> records) {
+    std::map<std::pair<MappingRecord::Kind, uint64_t>, MappingRecord> last;
+    for (const MappingRecord& r : records) last.insert_or_assign({r.kind, r.index}, r);
+    std::vector<MappingRecord> out;
+    out.reserve(last.size());
+    for (const auto& [entry, record] : last) out.push_back(record);
+    return out;
+}
 
 std::vector<MappingRecord> MappingLog::records() const {
     std::vector<MappingRecord> out;

@@ -21,6 +21,10 @@ struct MappingRecord {
     bool operator==(const MappingRecord&) const = default;
 };
 
+/// The last record of each entry, those of L1 first. An older one may name a place that another entry took since, so a
+/// replay that is cut off must not have written it.
+std::vector<MappingRecord> newest(std::span<const MappingRecord> records);
+
 /// A ring of records in one memory file. Records are numbered; those from the first that counts on are what must be
 /// replayed. A write-back takes mark() at T0, before it copies what it will write, and clear_before(mark) once that is
 /// in the file. So who changes an entry stores it first and appends its record after that: a record before the mark
@@ -46,7 +50,7 @@ class MappingLog {
     Result<> attach(UniqueFd fd);
     /// The session it was used for; 0: fresh.
     uint64_t session() const;
-    /// What must be replayed, oldest first; empties nothing.
+    /// What was logged and not cleared, oldest first; empties nothing.
     std::vector<MappingRecord> records() const;
     /// Empties it and starts `session`.
     void start(uint64_t session);

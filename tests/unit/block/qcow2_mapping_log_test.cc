@@ -52,6 +52,15 @@ TEST_CASE("qcow2: a log without a file takes everything and keeps nothing", "[qc
     CHECK_FALSE(log.half_full());
 }
 
+TEST_CASE("qcow2: of each entry only the last record is replayed, and tables come before what is in them",
+          "[qcow2][log]") {
+    using Kind = MappingRecord::Kind;
+    const Records all{{Kind::kL2, 5, 1, 0}, {Kind::kL2, 4, 2, 0}, {Kind::kL1, 5, 3, 0},
+                      {Kind::kL2, 5, 4, 7}, {Kind::kL1, 5, 5, 0}, {Kind::kL2, 6, 6, 0}};
+    CHECK(newest(all) == Records{all[4], all[1], all[3], all[5]});
+    CHECK(newest({}).empty());
+}
+
 TEST_CASE("qcow2: the log outlives who wrote it", "[qcow2][log]") {
     const UniqueFd fd = memory_file();
     {
