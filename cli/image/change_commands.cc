@@ -6,6 +6,7 @@
 #include "block/image_control.h"
 #include "cli/image/image_tool.h"
 #include "cli/readable.h"
+#include "qmp/block_info.h"
 
 namespace gantry::cli::image {
 
@@ -59,17 +60,7 @@ int list_snapshots(ImageTool& tool, block::Node& node) {
     if (!info) return tool.failed(info.error());
     if (tool.json()) {
         json::array list;
-        for (const block::SnapshotInfo& s : info->snapshots) {
-            json::object one{{"id", s.id},
-                             {"name", s.name},
-                             {"vm-state-size", s.vm_state_size},
-                             {"date-sec", s.date_sec},
-                             {"date-nsec", s.date_nsec},
-                             {"vm-clock-sec", s.vm_clock_ns / 1000000000},
-                             {"vm-clock-nsec", s.vm_clock_ns % 1000000000}};
-            if (s.icount) one["icount"] = *s.icount;
-            list.push_back(std::move(one));
-        }
+        for (const block::SnapshotInfo& s : info->snapshots) list.push_back(qmp::snapshot_json(s));
         tool.print_json(list);
         return kOk;
     }
