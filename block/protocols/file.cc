@@ -162,6 +162,9 @@ Task<void> FileNode::close() {
     const int r = co_await run_blocking([&] {
         int e = cut_padding();
         if (sync && ::fdatasync(fd_.get()) < 0) e = errno;
+        // The kernel may hold the description for some time yet, behind a finished request of a ring or in a child that
+        // is just being started.
+        file_unlock(fd_.get(), locks_ | pending_.locks, {});
         fd_.reset();
         return e;
     });
