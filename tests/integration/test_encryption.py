@@ -287,8 +287,7 @@ class Creating(Encrypted):
                 self.qmp.cmd("block-export-add", {"type": "nbd", "id": "e", "node-name": "n", "name": "n"})
                 self.run_tool("qemu-img", "convert", "-f", "raw", "-O", "raw", self.uri(self.sock, "n"), daemon_view)
                 self.assertEqual(checksum(daemon_view), checksum(self.expected(path)))
-                self.qmp.cmd("block-export-del", id="e")
-                self.qmp.event("BLOCK_EXPORT_DELETED", id="e")
+                self.qmp.delete_export("e")
                 self.qmp.cmd("blockdev-del", node_name="n")
 
     def test_refusals(self):

@@ -201,8 +201,7 @@ class Qcow2Write(Case):
         for turn in range(3):
             qmp.cmd("block-export-add", {"type": "nbd", "id": "e", "node-name": "n", "writable": True})
             self.run_tool("qemu-io", "-f", "raw", "-c", f"write -P {turn + 1} {turn * 100}k 100k", self.uri(sock, "n"))
-            qmp.cmd("block-export-del", id="e")
-            qmp.event("BLOCK_EXPORT_DELETED")
+            qmp.delete_export("e")
             qmp.cmd("blockdev-reopen", {"options": [dict(node, **{"read-only": True})]})
             self.run_tool("qemu-img", "check", "-U", path)
             qmp.cmd("blockdev-reopen", {"options": [node]})

@@ -176,6 +176,19 @@ class Qmp:
             return error.kind, error.desc
         raise AssertionError(f"{name} {arguments or more} succeeded: {value}")
 
+    def delete_export(self, export):
+        """Removes an export whose clients have ended: the daemon may not have seen the last one go yet."""
+        def deleted():
+            try:
+                self.cmd("block-export-del", id=export)
+                return True
+            except QmpError as error:
+                if "still in use" not in error.desc:
+                    raise
+                return False
+        wait_for(deleted, f"the clients of export {export} to be gone")
+        self.event("BLOCK_EXPORT_DELETED", id=export)
+
     def event(self, name, /, **data):
         """Takes and returns the first event `name` with these data members, waiting for it if need be."""
         while True:
