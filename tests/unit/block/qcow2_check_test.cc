@@ -62,7 +62,7 @@ TEST_CASE("CountMap: counts, saturates and finds", "[qcow2][check]") {
 }
 
 TEST_CASE("qcow2 check: an undamaged image is clean and its statistics are those of qemu-img",
-          "[qcow2][check][interop]") {
+          "[qcow2][check][interop][once]") {
     if (!CheckFixture::has_tool("qemu-img")) SKIP_TEST("no qemu-img");
     const auto recipe = GENERATE(values<Recipe>({
         {"compat=1.1"},

@@ -191,7 +191,7 @@ TEST_CASE("qcow2 create: words that make no sense leave no file", "[qcow2][creat
     CHECK_FALSE(std::filesystem::exists(f.dir.file("x")));
 }
 
-TEST_CASE("qcow2 create: images are what qemu-img makes of the same options", "[qcow2][create][interop]") {
+TEST_CASE("qcow2 create: images are what qemu-img makes of the same options", "[qcow2][create][interop][once]") {
     if (!Qcow2Fixture::has_tool("qemu-img")) {
         WARN("skipped: qemu-img is not installed");
         return;
@@ -441,7 +441,7 @@ TEST_CASE("file create: a file in use is not touched", "[file][create]") {
     f.rt.run(f.graph->detach(std::move(*root)));
 }
 
-TEST_CASE("qcow2 create: encrypted images open here and in qemu-io", "[qcow2][create][luks][interop]") {
+TEST_CASE("qcow2 create: encrypted images open here and in qemu-io", "[qcow2][create][luks][interop][once]") {
     CreateFixture f;
     REQUIRE(f.rt.run(f.graph->secrets().add({{"qom-type", "secret"}, {"id", "s"}, {"data", "a passphrase"}})));
     const std::string more = GENERATE("", ",cluster_size=512", ",preallocation=metadata", ",compat=0.10",

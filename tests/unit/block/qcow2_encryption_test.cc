@@ -266,7 +266,8 @@ TEST_CASE("qcow2 encryption: key slots of an image are changed by its options", 
     CHECK(amend({{"format", "luks"}}).starts_with("image is not encrypted, can't amend"));
 }
 
-TEST_CASE("qcow2 encryption: qemu-img opens with the passphrases that were put in", "[qcow2][crypto][amend][interop]") {
+TEST_CASE("qcow2 encryption: qemu-img opens with the passphrases that were put in",
+          "[qcow2][crypto][amend][interop][once]") {
     Bench b;
     if (!Bench::has_tool("qemu-img") || !Bench::has_tool("qemu-io")) {
         WARN("skipped: qemu-img and qemu-io are not installed");

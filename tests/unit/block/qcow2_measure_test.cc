@@ -41,7 +41,7 @@ struct MeasureFixture : CreateFixture {
 
 }  // namespace
 
-TEST_CASE("qcow2 measure: empty disks as qemu-img measures them", "[qcow2][measure][interop]") {
+TEST_CASE("qcow2 measure: empty disks as qemu-img measures them", "[qcow2][measure][interop][once]") {
     const std::string cluster = GENERATE("512", "4k", "64k", "2M");
     const std::string more = GENERATE("", ",refcount_bits=1", ",refcount_bits=64", ",extended_l2=on", ",compat=0.10",
                                       ",preallocation=metadata", ",preallocation=full", ",preallocation=falloc",
@@ -57,7 +57,7 @@ TEST_CASE("qcow2 measure: empty disks as qemu-img measures them", "[qcow2][measu
     }
 }
 
-TEST_CASE("qcow2 measure: images with data as qemu-img measures them", "[qcow2][measure][interop]") {
+TEST_CASE("qcow2 measure: images with data as qemu-img measures them", "[qcow2][measure][interop][once]") {
     MeasureFixture f;
     if (f.skipped()) return;
     const std::string raw = f.dir.file("raw"), base = f.dir.file("base"), top = f.dir.file("top"),
@@ -88,7 +88,7 @@ TEST_CASE("qcow2 measure: images with data as qemu-img measures them", "[qcow2][
     CHECK(f.measure("raw", {.source = f.node}, "") == MeasureFixture::reference("-f " + format + " -O raw " + image));
 }
 
-TEST_CASE("qcow2 measure: encrypted images", "[qcow2][measure][luks][interop]") {
+TEST_CASE("qcow2 measure: encrypted images", "[qcow2][measure][luks][interop][once]") {
     MeasureFixture f;
     if (f.skipped()) return;
     // With small clusters the reference forgets the reference counts of the encryption's own area.

@@ -79,7 +79,7 @@ void compare_with_qemu(Qcow2Fixture& f, const std::string& path, json::object op
 
 }  // namespace
 
-TEST_CASE("qcow2: images of every shape read as qemu reads them", "[qcow2][read][interop]") {
+TEST_CASE("qcow2: images of every shape read as qemu reads them", "[qcow2][read][interop][once]") {
     if (tools_missing()) return;
     const std::string options =
         GENERATE(as<std::string>{}, "cluster_size=512", "cluster_size=1k", "cluster_size=4k", "cluster_size=64k",
@@ -95,7 +95,7 @@ TEST_CASE("qcow2: images of every shape read as qemu reads them", "[qcow2][read]
     compare_with_qemu(f, path, {{"l2-cache-entry-size", 512}, {"l2-cache-size", 1024}});
 }
 
-TEST_CASE("qcow2: compressed images read as qemu reads them", "[qcow2][compressed][interop]") {
+TEST_CASE("qcow2: compressed images read as qemu reads them", "[qcow2][compressed][interop][once]") {
     if (tools_missing()) return;
     const std::string options =
         GENERATE(as<std::string>{}, "cluster_size=512", "cluster_size=4k", "cluster_size=64k", "cluster_size=2M",

@@ -217,7 +217,7 @@ TEST_CASE("qcow2: only the changed part of a large refcount block is written", "
     CHECK(rig.node->ops[0].data.size() == 5 * 4096);
 }
 
-TEST_CASE("qcow2: the refcount table grows, moves and gives its old place back", "[qcow2][refcounts]") {
+TEST_CASE("qcow2: the refcount table grows, moves and gives its old place back", "[qcow2][refcounts][once]") {
     const uint32_t order = GENERATE(0u, 4u, 6u);
     const uint64_t cache = GENERATE(uint64_t{0}, uint64_t{1} << 20);
     CAPTURE(order, cache);
@@ -264,7 +264,7 @@ TEST_CASE("qcow2: counts stand a small cache", "[qcow2][refcounts]") {
     for (uint64_t i = 0; i < 60; i++) REQUIRE(rig.get(i * 64 + 41) == 1 + i % 3);
 }
 
-TEST_CASE("qcow2: find_free finds the first hole, also in an almost full image", "[qcow2][refcounts]") {
+TEST_CASE("qcow2: find_free finds the first hole, also in an almost full image", "[qcow2][refcounts][once]") {
     AllocRig rig(12, 4, uint64_t{1} << 20);  // 2048 clusters a block
     const uint64_t end = 2048 * 100;
     auto find = [&](uint64_t count, uint64_t grow_from) {
@@ -461,7 +461,8 @@ struct CrashRun {
 
 }  // namespace
 
-TEST_CASE("qcow2: a power cut at any write of refcounts leaves every reference counted", "[qcow2][refcounts][crash]") {
+TEST_CASE("qcow2: a power cut at any write of refcounts leaves every reference counted",
+          "[qcow2][refcounts][crash][once]") {
     const uint32_t order = GENERATE(3u, 6u);
     const uint64_t cache = GENERATE(uint64_t{0}, uint64_t{1} << 20);
     const unsigned seed = GENERATE(1u, 2u, 3u);
@@ -471,7 +472,7 @@ TEST_CASE("qcow2: a power cut at any write of refcounts leaves every reference c
     CHECK(run.rig.node->ops.size() > 50);
 }
 
-TEST_CASE("qcow2: failed writes of refcounts leave every reference counted", "[qcow2][refcounts][crash]") {
+TEST_CASE("qcow2: failed writes of refcounts leave every reference counted", "[qcow2][refcounts][crash][once]") {
     const uint32_t order = GENERATE(3u, 6u);
     const uint64_t cache = GENERATE(uint64_t{0}, uint64_t{1} << 20);
     const unsigned seed = GENERATE(1u, 2u, 3u, 4u);

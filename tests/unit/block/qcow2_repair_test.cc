@@ -273,7 +273,7 @@ TEST_CASE("qcow2 repair: counts beyond the end of the file are leaks too", "[qco
     CHECK((ImageBytes(f.path("b")).bytes == ImageBytes(f.path("a")).bytes));
 }
 
-TEST_CASE("qcow2 repair: cut off anywhere, it can be done again", "[qcow2][repair][crash]") {
+TEST_CASE("qcow2 repair: cut off anywhere, it can be done again", "[qcow2][repair][crash][once]") {
     if (!CheckFixture::has_tool("qemu-img")) SKIP_TEST("no qemu-img");
     const std::map<std::string, Damage> kinds{
         {"counts and flags",
@@ -324,7 +324,7 @@ TEST_CASE("qcow2 repair: cut off anywhere, it can be done again", "[qcow2][repai
     }
 }
 
-TEST_CASE("qcow2 repair: random damage never defeats it", "[qcow2][repair][slow]") {
+TEST_CASE("qcow2 repair: random damage never defeats it", "[qcow2][repair][slow][once]") {
     if (!CheckFixture::has_tool("qemu-img")) SKIP_TEST("no qemu-img");
     const std::string options = GENERATE(as<std::string>(), "cluster_size=512", "cluster_size=4k,refcount_bits=1",
                                          "extended_l2=on,cluster_size=16k", "compat=0.10,cluster_size=1k", "");
