@@ -26,10 +26,22 @@ Task<SessionResult> transmit_here(int fd, block::Channel* channel, SessionConfig
     co_return result;
 }
 
+/// The server ends: only ABORT is still served.
+HandshakeStep refuse_option(uint32_t number, std::vector<uint8_t>& out) {
+    if (number == kOptExportName) return HandshakeStep::kClose;  // has no way to tell an error
+    OptionOutput output(number, out);
+    if (number == kOptAbort) {
+        output.ack();
+        return HandshakeStep::kClose;
+    }
+    output.error(kRepErrShutdown, "the server is shutting down");
+    return HandshakeStep::kContinue;
+}
+
 }  // namespace
 
 Connection::Connection(Server& server, const ExportDirectory& exports, UniqueFd fd, ConnectionLimits limits)
-    : server_(server), fd_(std::move(fd)), limits_(limits), peer_(peer_name(fd_.get())), handshake_(exports) {}
+    : server_(server), fd_(std::move(fd)), limits_(limits), peer_(peer_name(fd_.get())), handshake_(exports), credentials_(peer_credentials(fd_.get())) {}
 
 Task<void> Connection::run() {
     if (limits_.handshake_max.count() > 0) scope_.spawn(enforce_time_limit());
@@ -82,13 +94,14 @@ Task<bool> Connection::negotiate() {
         if (header.length > kMaxOptionPayload) {
             alive = co_await skip(header.length);
             if (!alive) co_return false;
-            step = handshake_.oversized_option(header.option, out);
+            step = good_bye_ ? refuse_option(header.option, out) : handshake_.oversized_option(header.option, out);
         } else {
             payload.resize(header.length);
             alive = co_await receive(payload);
             if (!alive) co_return false;
-            step = handshake_.option(header.option, payload, out);
+            step = good_bye_ ? refuse_option(header.option, out) : handshake_.option(header.option, payload, out);
         }
+        ++options_;
         if (step == HandshakeStep::kEnter) {
             // In the same turn as the answer was made: the export cannot be gone, and from now on its removal cuts us
             // off.
@@ -115,6 +128,7 @@ Task<void> Connection::transmit() {
     log::info("NBD client {} connected to export '{}'", peer_, exp.name());
     SessionConfig config;
     config.structured = handshake_.result().structured;
+    config.extended = handshake_.result().extended;
     config.contexts = handshake_.result().contexts;
     config.read_only = !exp.writable();
     config.memory_limit = limits_.memory;
@@ -127,12 +141,28 @@ Task<void> Connection::transmit() {
     exp.detach(*this);
 }
 
+void Connection::say_good_bye() {
+    good_bye_ = true;
+    counters_.good_bye.store(true, std::memory_order_relaxed);
+}
+
 json::object Connection::details() const {
-    return {{"address", peer_},
-            {"requests", counters_.requests.load(std::memory_order_relaxed)},
-            {"bytes-read", counters_.bytes_read.load(std::memory_order_relaxed)},
-            {"bytes-written", counters_.bytes_written.load(std::memory_order_relaxed)},
-            {"in-flight", counters_.in_flight.load(std::memory_order_relaxed)}};
+    json::object info{{"address", peer_}};
+    if (export_) {
+        info["export"] = export_->id();
+        info["name"] = export_->name();
+    }
+    if (credentials_) {
+        info["pid"] = credentials_->pid;
+        info["uid"] = credentials_->uid;
+        info["gid"] = credentials_->gid;
+    }
+    info["requests"] = counters_.requests.load(std::memory_order_relaxed);
+    info["bytes-read"] = counters_.bytes_read.load(std::memory_order_relaxed);
+    info["bytes-written"] = counters_.bytes_written.load(std::memory_order_relaxed);
+    info["in-flight"] = counters_.in_flight.load(std::memory_order_relaxed);
+    info["seconds"] = std::chrono::duration_cast<std::chrono::seconds>(Clock::now() - since_).count();
+    return info;
 }
 
 Task<bool> Connection::receive(std::span<uint8_t> into) {

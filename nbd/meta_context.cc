@@ -1,12 +1,41 @@
 #include "nbd/meta_context.h"
 
+#include <algorithm>
+
+#include "block/bitmap.h"
+
 namespace gantry::nbd {
 
-std::vector<MetaContext> offered_contexts() { return {{ContextKind::kBaseAllocation, "base:allocation", 1}}; }
+std::shared_ptr<const ContextList> base_contexts() {
+    static const auto list =
+        std::make_shared<const ContextList>(ContextList{{ContextKind::kBaseAllocation, "base:allocation", 1}});
+    return list;
+}
 
-bool query_matches(std::string_view query, const MetaContext& context, bool listing) {
-    if (query == context.name) return true;
-    return listing && query.ends_with(':') && context.name.starts_with(query);
+ContextList match_contexts(const ContextList& offered, std::vector<std::string_view>& queries, bool listing) {
+    std::ranges::sort(queries);
+    const auto asked = [&](std::string_view query) { return std::ranges::binary_search(queries, query); };
+    const bool all = listing && queries.empty();
+    const bool all_base = listing && asked("base:");
+    const bool all_qemu = listing && asked("qemu:");
+    const bool all_bitmaps = all_qemu || (listing && asked("qemu:dirty-bitmap:"));
+    ContextList chosen;
+    for (const MetaContext& context : offered) {
+        bool of_group = all;
+        switch (context.kind) {
+            case ContextKind::kBaseAllocation:
+                of_group = of_group || all_base;
+                break;
+            case ContextKind::kAllocationDepth:
+                of_group = of_group || all_qemu;
+                break;
+            case ContextKind::kDirtyBitmap:
+                of_group = of_group || all_bitmaps;
+                break;
+        }
+        if (of_group || asked(context.name)) chosen.push_back(context);
+    }
+    return chosen;
 }
 
 }  // namespace gantry::nbd

@@ -3,36 +3,44 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
 
+namespace gantry::block {
+class DirtyBitmap;
+}
+
 namespace gantry::nbd {
 
-enum class ContextKind : uint8_t { kBaseAllocation };
+enum class ContextKind : uint8_t { kBaseAllocation, kAllocationDepth, kDirtyBitmap };
 
 /// A context an export offers.
 struct MetaContext {
     ContextKind kind;
-    std::string name;  // "base:allocation"
-    uint32_t id = 0;   // on the wire once selected
+    std::string name;                                    // "base:allocation"
+    uint32_t id = 0;                                     // on the wire once selected
+    std::shared_ptr<const block::DirtyBitmap> bitmap{};  // kDirtyBitmap: nobody changes what it is but its node
 };
+using ContextList = std::vector<MetaContext>;
 
 /// What SET_META_CONTEXT chose: bound to the export name it was asked for.
 struct ContextSelection {
     std::string export_name;
-    std::vector<MetaContext> contexts;
+    ContextList contexts;
     void clear() {
         export_name.clear();
         contexts.clear();
     }
 };
 
-/// The contexts every export has, with the ids they get when selected.
-std::vector<MetaContext> offered_contexts();
+/// base:allocation alone: what every export has.
+std::shared_ptr<const ContextList> base_contexts();
 
-/// Whether `query` names `context`. With `listing` a namespace alone ("base:") names all in it. Anything unknown:
-/// false.
-bool query_matches(std::string_view query, const MetaContext& context, bool listing);
+/// The members of `offered` that `queries` name, each once, in their order; no more than a search per member, however
+/// many queries there are (they are sorted). A query is a whole name; with `listing` also "base:", "qemu:" or
+/// "qemu:dirty-bitmap:" for all that begin so, and no query at all for everything. Anything else matches nothing.
+ContextList match_contexts(const ContextList& offered, std::vector<std::string_view>& queries, bool listing);
 
 }  // namespace gantry::nbd

@@ -16,6 +16,8 @@ inline constexpr uint64_t kOptionReplyMagic = 0x0003e889045565a9;
 inline constexpr uint32_t kRequestMagic = 0x25609513;
 inline constexpr uint32_t kSimpleReplyMagic = 0x67446698;
 inline constexpr uint32_t kStructuredReplyMagic = 0x668e33ef;
+inline constexpr uint32_t kExtendedRequestMagic = 0x21e41c71;
+inline constexpr uint32_t kExtendedReplyMagic = 0x6e8a278c;
 
 inline constexpr uint16_t kDefaultPort = 10809;
 
@@ -27,9 +29,12 @@ inline constexpr uint32_t kMaxPayload = 32u << 20;
 inline constexpr uint32_t kMaxOptionPayload = (64u << 10) + 2 * kMaxString;
 /// Option payload that is skipped; beyond it the connection ends.
 inline constexpr uint32_t kMaxSkippedOption = 32u << 20;
+/// In all answers to one BLOCK_STATUS together.
 inline constexpr uint32_t kMaxStatusExtents = 1u << 17;
+/// Contexts an export may offer: the payload that names them all fits the receive buffer, and each gets some extents.
+inline constexpr size_t kMaxContexts = 1024;
 /// Longest extent of a 32-bit block status answer: a multiple of every block size.
-inline constexpr uint32_t kMaxExtentLength = 0xffff0000;
+inline constexpr uint64_t kMaxExtentLength = 0xffff0000;
 
 // Handshake flags, server and client.
 inline constexpr uint16_t kFlagFixedNewstyle = 1 << 0;
@@ -81,6 +86,7 @@ enum TransmissionFlag : uint16_t {
     kSendResize = 1 << 9,
     kSendCache = 1 << 10,
     kSendFastZero = 1 << 11,
+    kBlockStatusPayload = 1 << 12,
 };
 
 enum Command : uint16_t {
@@ -121,6 +127,7 @@ enum ChunkType : uint16_t {
     kChunkOffsetData = 1,
     kChunkOffsetHole = 2,
     kChunkBlockStatus = 5,
+    kChunkBlockStatusExt = 6,
     kChunkError = 0x8001,
     kChunkErrorOffset = 0x8002,
 };
@@ -129,14 +136,20 @@ inline constexpr uint16_t kChunkDone = 1;
 // Flag word of base:allocation.
 inline constexpr uint32_t kStateHole = 1 << 0;
 inline constexpr uint32_t kStateZero = 1 << 1;
+// Flag word of qemu:dirty-bitmap:NAME.
+inline constexpr uint32_t kStateDirty = 1 << 0;
 
 inline constexpr size_t kGreetingSize = 18;
 inline constexpr size_t kClientFlagsSize = 4;
 inline constexpr size_t kOptionHeaderSize = 16;
 inline constexpr size_t kOptionReplySize = 20;
 inline constexpr size_t kRequestSize = 28;
+inline constexpr size_t kExtendedRequestSize = 32;
+/// Payload of a BLOCK_STATUS: the length of the range, then context ids.
+inline constexpr size_t kStatusPayloadFixed = 8;
 inline constexpr size_t kSimpleReplySize = 16;
 inline constexpr size_t kChunkHeaderSize = 20;
+inline constexpr size_t kExtendedChunkHeaderSize = 32;
 
 template <class T>
 constexpr T to_big(T v) {
@@ -156,26 +169,33 @@ inline uint8_t* store_big(uint8_t* p, T v) {
     return p + sizeof v;
 }
 
-/// A compact request as it arrived; `magic` is not checked.
+/// A request as it arrived; `magic` is not checked. `length` is that of the payload for WRITE and, with extended
+/// headers, wherever PAYLOAD_LEN is set; else that of the range (32 bits in a compact request).
 struct RequestHeader {
     uint32_t magic;
     uint16_t flags;
     uint16_t command;
     uint64_t cookie;
     uint64_t offset;
-    uint32_t length;
+    uint64_t length;
 };
-inline RequestHeader decode_request(const uint8_t* p) {
-    return {load_big<uint32_t>(p),     load_big<uint16_t>(p + 4),  load_big<uint16_t>(p + 6),
-            load_big<uint64_t>(p + 8), load_big<uint64_t>(p + 16), load_big<uint32_t>(p + 24)};
+/// kExtendedRequestSize bytes if `extended`, else kRequestSize.
+inline RequestHeader decode_request(const uint8_t* p, bool extended = false) {
+    return {load_big<uint32_t>(p),      load_big<uint16_t>(p + 4),
+            load_big<uint16_t>(p + 6),  load_big<uint64_t>(p + 8),
+            load_big<uint64_t>(p + 16), extended ? load_big<uint64_t>(p + 24) : load_big<uint32_t>(p + 24)};
 }
-inline void encode_request(uint8_t* p, const RequestHeader& r) {
+inline void encode_request(uint8_t* p, const RequestHeader& r, bool extended = false) {
     p = store_big(p, r.magic);
     p = store_big(p, r.flags);
     p = store_big(p, r.command);
     p = store_big(p, r.cookie);
     p = store_big(p, r.offset);
-    store_big(p, r.length);
+    if (extended) {
+        store_big(p, r.length);
+    } else {
+        store_big(p, static_cast<uint32_t>(r.length));
+    }
 }
 
 inline void encode_simple_reply(uint8_t* p, uint32_t error, uint64_t cookie) {
@@ -189,6 +209,16 @@ inline uint8_t* encode_chunk(uint8_t* p, uint16_t flags, uint16_t type, uint64_t
     p = store_big(p, flags);
     p = store_big(p, type);
     p = store_big(p, cookie);
+    return store_big(p, payload_length);
+}
+/// `offset` is the request's, whatever the chunk is about.
+inline uint8_t* encode_extended_chunk(uint8_t* p, uint16_t flags, uint16_t type, uint64_t cookie, uint64_t offset,
+                                      uint64_t payload_length) {
+    p = store_big(p, kExtendedReplyMagic);
+    p = store_big(p, flags);
+    p = store_big(p, type);
+    p = store_big(p, cookie);
+    p = store_big(p, offset);
     return store_big(p, payload_length);
 }
 

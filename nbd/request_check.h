@@ -12,7 +12,9 @@ namespace gantry::nbd {
 struct RequestRules {
     uint64_t size = 0;  // of the export, bytes
     bool read_only = false;
-    bool structured = false;
+    bool structured = false;  // or extended
+    bool extended = false;
+    bool good_bye = false;      // the server ends: nothing is begun any more
     bool has_contexts = false;  // a meta context was selected for this export
 };
 
@@ -23,7 +25,8 @@ struct Verdict {
 };
 
 /// In the order: command and flags, read-only, range (nbd/README.md). The framing (magic, payload limit) is the
-/// reader's. DISC is always fine. Lengths of zero pass, except for BLOCK_STATUS.
+/// reader's. The range of a BLOCK_STATUS with PAYLOAD_LEN is in its payload and is not checked here. DISC is always
+/// fine. Lengths of zero pass, except for BLOCK_STATUS.
 Verdict check_request(const RequestHeader& request, const RequestRules& rules);
 
 }  // namespace gantry::nbd

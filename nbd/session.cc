@@ -44,9 +44,18 @@ Task<SessionResult> serve_session(int fd, block::Channel& channel, SessionConfig
 }
 
 Session::Session(int fd, block::Channel& channel, SessionConfig config, SessionCounters& counters)
-    : fd_(fd), channel_(channel), config_(std::move(config)), counters_(counters), window_(kReceiveSize) {
+    : fd_(fd),
+      channel_(channel),
+      config_(std::move(config)),
+      request_size_(config_.extended ? kExtendedRequestSize : kRequestSize),
+      chunk_header_size_(config_.extended ? kExtendedChunkHeaderSize : kChunkHeaderSize),
+      read_header_size_(config_.structured ? chunk_header_size_ + 8 : kSimpleReplySize),
+      counters_(counters),
+      window_(kReceiveSize) {
+    CHECK(config_.structured || !config_.extended, "extended headers include structured replies");
     rules_.read_only = config_.read_only;
     rules_.structured = config_.structured;
+    rules_.extended = config_.extended;
     rules_.has_contexts = !config_.contexts.empty();
 }
 
@@ -93,7 +102,7 @@ Task<void> Session::read_requests() {
                 turn_bytes_ = 0;
                 break;
             case Need::kRoom: {
-                const RequestHeader next = decode_request(in_.data() + pos_);
+                const RequestHeader next = decode_request(in_.data() + pos_, config_.extended);
                 while (!broken_ && !has_room(next)) co_await room_.wait();
                 break;
             }
@@ -109,6 +118,8 @@ Task<void> Session::read_requests() {
 
 Session::Need Session::process() {
     rules_.size = channel_.size();
+    rules_.good_bye = counters_.good_bye.load(std::memory_order_relaxed);
+    const uint32_t magic = config_.extended ? kExtendedRequestMagic : kRequestMagic;
     uint32_t sent_at = turn_requests_;
     for (;;) {
         if (turn_requests_ - sent_at >= kSendEveryRequests || replies_.bytes() >= kSendEveryBytes) {
@@ -116,10 +127,10 @@ Session::Need Session::process() {
             flush();
         }
         const size_t available = end_ - pos_;
-        if (available < kRequestSize) return Need::kInput;
+        if (available < request_size_) return Need::kInput;
         if (turn_requests_ >= kTurnRequests || turn_bytes_ >= kTurnBytes) return Need::kPause;
-        const RequestHeader rq = decode_request(in_.data() + pos_);
-        if (rq.magic != kRequestMagic) {
+        const RequestHeader rq = decode_request(in_.data() + pos_, config_.extended);
+        if (rq.magic != magic) {
             violation("a request has a wrong magic number");
             return Need::kEnd;
         }
@@ -129,12 +140,12 @@ Session::Need Session::process() {
         }
         if (channel_.quiesced()) return Need::kResume;
         if (!has_room(rq)) return Need::kRoom;
-        if (rq.command == kCmdWrite) {
+        if (has_payload(rq)) {
             Need need{};
-            if (!start_write(rq, available, need)) return need;
+            if (!start_payload(rq, available, need)) return need;
             continue;
         }
-        pos_ += kRequestSize;
+        pos_ += request_size_;
         ++requests_;
         ++turn_requests_;
         expect_next(pos_);
@@ -144,7 +155,7 @@ Session::Need Session::process() {
 
 /// Looks ahead at the header that may be at `at`: whatever it holds, it is only a hint.
 void Session::expect_next(size_t at) const {
-    if (at + kRequestSize <= end_) channel_.expect(decode_request(in_.data() + at).offset);
+    if (at + request_size_ <= end_) channel_.expect(load_big<uint64_t>(in_.data() + at + 16));
 }
 
 void Session::dispatch(const RequestHeader& rq) {
@@ -165,27 +176,32 @@ void Session::dispatch(const RequestHeader& rq) {
         case kCmdWriteZeroes:
             return start(rq, do_write_zeroes(rq));
         default:
-            return start(rq, do_block_status(rq));
+            return start(rq, do_block_status(rq, {}));
     }
 }
 
-bool Session::start_write(const RequestHeader& rq, size_t available, Need& need) {
+bool Session::start_payload(const RequestHeader& rq, size_t available, Need& need) {
     if (rq.length > kMaxPayload) {
         // Its payload cannot be told from requests without reading it all: say why and leave.
         reply_error(rq, kWireInval, "longer than the maximum payload");
-        result_ = {SessionEnd::kViolation, "a WRITE is longer than the maximum payload"};
+        result_ = {SessionEnd::kViolation, "a payload is longer than the maximum"};
         flush();
         need = Need::kEnd;
         return false;
     }
-    const Verdict verdict = check_request(rq, rules_);
-    const size_t total = kRequestSize + rq.length;
+    Verdict verdict = check_request(rq, rules_);
+    // Beyond what names every context once it cannot be right, and need not be kept.
+    if (verdict.error == kWireOk && rq.command == kCmdBlockStatus &&
+        rq.length > kStatusPayloadFixed + config_.contexts.size() * sizeof(uint32_t)) {
+        verdict = {kWireInval, "more contexts than were negotiated"};
+    }
+    const size_t total = request_size_ + rq.length;
     if (available < total) {
-        if (verdict.error == kWireOk && rq.length <= kSmallWrite) {
+        if (verdict.error == kWireOk && (rq.length <= kSmallWrite || rq.command == kCmdBlockStatus)) {
             need = Need::kInput;
             return false;
         }
-        pos_ += kRequestSize;
+        pos_ += request_size_;
         ++requests_;
         ++turn_requests_;
         pending_ = rq;
@@ -194,15 +210,17 @@ bool Session::start_write(const RequestHeader& rq, size_t available, Need& need)
         need = verdict.error == kWireOk ? Need::kPayload : Need::kSkip;
         return false;
     }
-    const uint8_t* data = in_.data() + pos_ + kRequestSize;
+    const uint8_t* data = in_.data() + pos_ + request_size_;
     pos_ += total;
     ++requests_;
     ++turn_requests_;
-    if (verdict.error == kWireOk) {
+    if (verdict.error != kWireOk) {
+        reply_error(rq, verdict.error, verdict.reason);
+    } else if (rq.command == kCmdWrite) {
         expect_next(pos_);
         write_now(rq, data);
     } else {
-        reply_error(rq, verdict.error, verdict.reason);
+        status_with_payload(rq, data);
     }
     return true;
 }
@@ -229,7 +247,7 @@ Task<bool> Session::fill() {
         end_ -= pos_;
         pos_ = 0;
     }
-    const size_t wanted = end_ == 0 ? window_ : std::max(window_, kSmallWrite + kRequestSize);
+    const size_t wanted = end_ == 0 ? window_ : std::max(window_, kSmallWrite + request_size_);
     const size_t ask = std::min(kReceiveSize - end_, wanted);
     if (replies_.empty()) replies_.release_arena();
     ssize_t n = -EAGAIN;

@@ -26,12 +26,14 @@ struct alignas(64) SessionCounters {
     std::atomic<uint64_t> bytes_read{0};     // sent to the client by READ
     std::atomic<uint64_t> bytes_written{0};  // received from the client by WRITE
     std::atomic<uint32_t> in_flight{0};
+    std::atomic<bool> good_bye{false};  // the other way: requests are answered by ESHUTDOWN from now on
 };
 
 struct SessionConfig {
     bool structured = false;
+    bool extended = false;  // headers; includes structured
     bool read_only = false;
-    std::vector<MetaContext> contexts;
+    ContextList contexts;
     /// Request data and unsent replies together; never below one request of the maximum payload.
     uint64_t memory_limit = 64u << 20;
     uint32_t max_in_flight = 128;
@@ -69,8 +71,12 @@ class Session {
     Need process();
     void expect_next(size_t at) const;
     void dispatch(const RequestHeader& rq);
-    /// A WRITE request begins at the front of the buffer.
-    bool start_write(const RequestHeader& rq, size_t available, Need& need);
+    /// Whether a payload follows the header: WRITE, and with extended headers whatever says so.
+    bool has_payload(const RequestHeader& rq) const {
+        return rq.command == kCmdWrite || (config_.extended && (rq.flags & kCmdPayloadLen));
+    }
+    /// A request with a payload begins at the front of the buffer.
+    bool start_payload(const RequestHeader& rq, size_t available, Need& need);
     Task<bool> fill();
     /// Before a wait: a client that sends one request after the other is about to send the next one.
     void foresee();
@@ -100,14 +106,25 @@ class Session {
     Task<void> do_trim(RequestHeader rq);
     Task<void> do_cache(RequestHeader rq);
     Task<void> do_write_zeroes(RequestHeader rq);
-    Task<void> do_block_status(RequestHeader rq);
+    /// `chosen`: indices of config_.contexts; empty: all. The range is that of `rq`.
+    Task<void> do_block_status(RequestHeader rq, std::vector<uint16_t> chosen);
+    /// A BLOCK_STATUS whose range and contexts are in `payload`.
+    void status_with_payload(const RequestHeader& rq, const uint8_t* payload);
 
     // ---- Replies ----
-    size_t read_header_size() const { return config_.structured ? kChunkHeaderSize + 8 : kSimpleReplySize; }
+    /// Writes the header of a chunk in the form that was negotiated: chunk_header_size_ bytes; where they end.
+    uint8_t* encode_chunk_of(uint8_t* p, const RequestHeader& rq, uint16_t flags, uint16_t type,
+                             uint64_t payload) const {
+        return config_.extended ? encode_extended_chunk(p, flags, type, rq.cookie, rq.offset, payload)
+                                : encode_chunk(p, flags, type, rq.cookie, static_cast<uint32_t>(payload));
+    }
+    void reply_none(const RequestHeader& rq);
     void encode_read_header(uint8_t* p, const RequestHeader& rq) const;
     void reply_ok(const RequestHeader& rq);
     void reply_empty_read(const RequestHeader& rq);
     void reply_error(const RequestHeader& rq, WireError error, std::string_view text);
+    /// As much of the reply as lies before `offset` was fine.
+    void reply_failure_at(const RequestHeader& rq, const Error& error, uint64_t offset);
     void reply_failure(const RequestHeader& rq, const Error& error);
     void reply_result(const RequestHeader& rq, const Result<>& result);
     void reply_data(const RequestHeader& rq, Buffer data);
@@ -128,6 +145,10 @@ class Session {
     const int fd_;
     block::Channel& channel_;
     const SessionConfig config_;
+    // What was negotiated says how long headers are.
+    const size_t request_size_;
+    const size_t chunk_header_size_;
+    const size_t read_header_size_;
     SessionCounters& counters_;
     RequestRules rules_;
     SessionResult result_;

@@ -63,19 +63,18 @@ void Session::encode_read_header(uint8_t* p, const RequestHeader& rq) const {
     if (!config_.structured) {
         encode_simple_reply(p, kWireOk, rq.cookie);
     } else {
-        p = encode_chunk(p, kChunkDone, kChunkOffsetData, rq.cookie, rq.length + 8);
+        p = encode_chunk_of(p, rq, kChunkDone, kChunkOffsetData, rq.length + 8);
         store_big(p, rq.offset);
     }
 }
 
 void Session::reply_empty_read(const RequestHeader& rq) {
-    if (!config_.structured) return reply_ok(rq);
-    encode_chunk(replies_.reserve(kChunkHeaderSize), kChunkDone, kChunkNone, rq.cookie, 0);
-    replies_.commit(kChunkHeaderSize);
+    // A structured READ is answered by chunks, also without data.
+    config_.structured ? reply_none(rq) : reply_ok(rq);
 }
 
 void Session::reply_data(const RequestHeader& rq, Buffer data) {
-    const size_t header = read_header_size();
+    const size_t header = read_header_size_;
     encode_read_header(replies_.reserve(header), rq);
     replies_.commit(header);
     const uint8_t* bytes = data.data();
@@ -97,7 +96,7 @@ void Session::read_now(const RequestHeader& rq) {
 }
 
 bool Session::try_read_small(const RequestHeader& rq) {
-    const size_t header = read_header_size();
+    const size_t header = read_header_size_;
     uint8_t* p = replies_.reserve(header + rq.length);
     const iovec one{p + header, rq.length};
     const int r = channel_.try_read(rq.offset, IoVec(one));
@@ -190,7 +189,7 @@ Task<void> Session::do_structured_read(RequestHeader rq) {
         const iovec one = data.iov(part.begin, part.end - part.begin);
         const Result<> result = co_await channel_.read(rq.offset + part.begin, IoVec(one));
         if (!result) {
-            reply_failure(rq, result.error());
+            reply_failure_at(rq, result.error(), rq.offset + part.begin);
             finish(rq);
             co_return;
         }
@@ -207,16 +206,15 @@ Task<void> Session::do_structured_read(RequestHeader rq) {
         const auto length = static_cast<uint32_t>(part.end - part.begin);
         const uint16_t flags = i + 1 == parts.count ? kChunkDone : 0;
         if (part.hole) {
-            uint8_t* p = encode_chunk(replies_.reserve(kChunkHeaderSize + 12), flags, kChunkOffsetHole, rq.cookie, 12);
+            uint8_t* p = encode_chunk_of(replies_.reserve(chunk_header_size_ + 12), rq, flags, kChunkOffsetHole, 12);
             p = store_big(p, rq.offset + part.begin);
             store_big(p, length);
-            replies_.commit(kChunkHeaderSize + 12);
+            replies_.commit(chunk_header_size_ + 12);
             continue;
         }
-        uint8_t* p =
-            encode_chunk(replies_.reserve(kChunkHeaderSize + 8), flags, kChunkOffsetData, rq.cookie, length + 8);
+        uint8_t* p = encode_chunk_of(replies_.reserve(chunk_header_size_ + 8), rq, flags, kChunkOffsetData, length + 8);
         store_big(p, rq.offset + part.begin);
-        replies_.commit(kChunkHeaderSize + 8);
+        replies_.commit(chunk_header_size_ + 8);
         if (i == last_data) {
             replies_.append_owned(std::move(data), bytes + part.begin, length);
         } else {

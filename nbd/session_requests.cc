@@ -1,7 +1,9 @@
 // Commands other than READ and BLOCK_STATUS, and the replies all commands share.
 
+#include <algorithm>
 #include <cerrno>
 
+#include "nbd/extent_list.h"
 #include "nbd/session.h"
 #include "nbd/wire_error.h"
 
@@ -22,7 +24,14 @@ constexpr uint32_t kInlineAfterAlone = 128;
 
 // ---- Replies ----
 
+void Session::reply_none(const RequestHeader& rq) {
+    encode_chunk_of(replies_.reserve(chunk_header_size_), rq, kChunkDone, kChunkNone, 0);
+    replies_.commit(chunk_header_size_);
+}
+
 void Session::reply_ok(const RequestHeader& rq) {
+    // Extended headers know no simple reply.
+    if (config_.extended) return reply_none(rq);
     encode_simple_reply(replies_.reserve(kSimpleReplySize), kWireOk, rq.cookie);
     replies_.commit(kSimpleReplySize);
 }
@@ -34,8 +43,8 @@ void Session::reply_error(const RequestHeader& rq, WireError error, std::string_
         return;
     }
     const auto text_size = static_cast<uint16_t>(std::min(text.size(), kMaxString));
-    const size_t size = kChunkHeaderSize + 6 + text_size;
-    uint8_t* p = encode_chunk(replies_.reserve(size), kChunkDone, kChunkError, rq.cookie, 6u + text_size);
+    const size_t size = chunk_header_size_ + 6 + text_size;
+    uint8_t* p = encode_chunk_of(replies_.reserve(size), rq, kChunkDone, kChunkError, 6u + text_size);
     p = store_big(p, static_cast<uint32_t>(error));
     p = store_big(p, text_size);
     std::memcpy(p, text.data(), text_size);
@@ -47,6 +56,20 @@ void Session::reply_failure(const RequestHeader& rq, const Error& error) {
     const bool fast_zero = rq.command == kCmdWriteZeroes && (rq.flags & kCmdFastZero);
     const WireError wire = wire_error(error, fast_zero);
     reply_error(rq, wire, wire_error_text(wire));
+}
+
+void Session::reply_failure_at(const RequestHeader& rq, const Error& error, uint64_t offset) {
+    if (!config_.structured) return reply_failure(rq, error);
+    const WireError wire = wire_error(error);
+    const std::string_view text = wire_error_text(wire);
+    const auto text_size = static_cast<uint16_t>(text.size());
+    const size_t size = chunk_header_size_ + 6 + text_size + 8;
+    uint8_t* p = encode_chunk_of(replies_.reserve(size), rq, kChunkDone, kChunkErrorOffset, 6u + text_size + 8u);
+    p = store_big(p, static_cast<uint32_t>(wire));
+    p = store_big(p, text_size);
+    std::memcpy(p, text.data(), text_size);
+    store_big(p + text_size, offset);
+    replies_.commit(size);
 }
 
 void Session::reply_result(const RequestHeader& rq, const Result<>& result) {
@@ -63,9 +86,10 @@ uint64_t Session::cost(const RequestHeader& rq) {
     switch (rq.command) {
         case kCmdRead:
         case kCmdWrite:
-            return rq.length;
+            // What is longer gets an error, and no memory.
+            return std::min<uint64_t>(rq.length, kMaxPayload);
         case kCmdBlockStatus:
-            return uint64_t{kMaxStatusExtents} * 8;
+            return uint64_t{kMaxStatusExtents} * ExtentList::kMaxDescriptor;
         default:
             return 0;
     }

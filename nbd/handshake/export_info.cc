@@ -42,7 +42,7 @@ std::optional<std::string> send_export_info(Handshake& hs, Payload payload, Opti
     uint8_t about[12];
     p = store_big(about, static_cast<uint16_t>(kInfoExport));
     p = store_big(p, facts->size);
-    store_big(p, hs.transmission_flags(*facts));
+    store_big(p, hs.transmission_flags(request->name, *facts));
     out.reply(kRepInfo, about);
 
     if (purpose == InfoPurpose::kInfo && !request->wants_block_size && facts->minimum_block > 1) {

@@ -51,8 +51,17 @@ HandshakeStep Handshake::oversized_option(uint32_t number, std::vector<uint8_t>&
     return HandshakeStep::kContinue;
 }
 
+uint16_t Handshake::transmission_flags(std::string_view name, const ExportFacts& facts) const {
+    uint16_t flags = facts.flags;
+    if (structured()) flags |= kSendDf;
+    const bool contexts = selection_.export_name == name && !selection_.contexts.empty();
+    if (extended_ && contexts) flags |= kBlockStatusPayload;
+    return flags;
+}
+
 HandshakeStep Handshake::enter(std::string export_name) {
-    result_.structured = structured_;
+    result_.structured = structured();
+    result_.extended = extended_;
     if (selection_.export_name == export_name) result_.contexts = selection_.contexts;
     result_.export_name = std::move(export_name);
     return HandshakeStep::kEnter;

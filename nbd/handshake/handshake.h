@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -19,10 +20,11 @@ struct ExportFacts {
     std::string name;
     std::string description;
     uint64_t size = 0;
-    uint16_t flags = 0;  // transmission flags; SEND_DF is added when structured replies are on
+    uint16_t flags = 0;  // transmission flags; Handshake::transmission_flags() adds what depends on the connection
     uint32_t minimum_block = 1;
     uint32_t preferred_block = 4096;
     uint32_t maximum_payload = kMaxPayload;
+    std::shared_ptr<const ContextList> contexts = base_contexts();
 };
 
 /// The exports as the handshake sees them.
@@ -47,8 +49,9 @@ enum class HandshakeStep : uint8_t {
 /// What transmission needs to know.
 struct Negotiated {
     std::string export_name;
-    bool structured = false;
-    std::vector<MetaContext> contexts;
+    bool structured = false;  // or extended
+    bool extended = false;    // headers
+    ContextList contexts;
 };
 
 /// The replies of one option.
@@ -83,22 +86,29 @@ class Handshake {
 
     // For the option handlers (opt_*.cc).
     const ExportDirectory& exports() const { return exports_; }
-    bool structured() const { return structured_; }
+    /// Structured replies or more.
+    bool structured() const { return structured_ || extended_; }
     void set_structured() { structured_ = true; }
+    bool extended() const { return extended_; }
+    void set_extended() { extended_ = true; }
+    /// Nothing that was said in the clear counts inside TLS.
+    void forget_negotiated() {
+        structured_ = extended_ = false;
+        selection_.clear();
+    }
     bool no_zeroes() const { return no_zeroes_; }
     ContextSelection& selection() { return selection_; }
     /// Fixes the result for `export_name`; contexts chosen for another export do not count.
     HandshakeStep enter(std::string export_name);
-    /// The transmission flags of `facts` on this connection.
-    uint16_t transmission_flags(const ExportFacts& facts) const {
-        return structured_ ? static_cast<uint16_t>(facts.flags | kSendDf) : facts.flags;
-    }
+    /// The transmission flags on this connection of the export that the client calls `name`.
+    uint16_t transmission_flags(std::string_view name, const ExportFacts& facts) const;
 
   private:
     const ExportDirectory& exports_;
     bool fixed_ = false;
     bool no_zeroes_ = false;
     bool structured_ = false;
+    bool extended_ = false;
     ContextSelection selection_;
     Negotiated result_;
 };

@@ -6,12 +6,13 @@
 namespace gantry::nbd {
 
 HandshakeStep opt_export_name(Handshake& hs, Payload payload, OptionOutput& out) {
-    if (payload.size() > kMaxString) return HandshakeStep::kClose;
+    // Extended headers need GO.
+    if (hs.extended() || payload.size() > kMaxString) return HandshakeStep::kClose;
     const std::string name(reinterpret_cast<const char*>(payload.data()), payload.size());
     const auto facts = hs.exports().find(name);
     if (!facts) return HandshakeStep::kClose;
     uint8_t answer[8 + 2 + 124] = {};
-    store_big(store_big(answer, facts->size), hs.transmission_flags(*facts));
+    store_big(store_big(answer, facts->size), hs.transmission_flags(name, *facts));
     out.raw({answer, hs.no_zeroes() ? size_t{10} : sizeof answer});
     return hs.enter(name);
 }

@@ -18,28 +18,23 @@ HandshakeStep meta_context(Handshake& hs, Payload payload, OptionOutput& out, bo
     // SET replaces the earlier selection, also when it fails.
     if (!listing) hs.selection().clear();
     if (!listing && !hs.structured()) {
-        out.error(kRepErrInvalid, "negotiate structured replies first");
+        out.error(kRepErrInvalid, "negotiate structured replies or extended headers first");
         return HandshakeStep::kContinue;
     }
     std::string_view why;
-    const auto request = parse_context_request(payload, why);
+    auto request = parse_context_request(payload, why);
     if (!request) {
         out.error(kRepErrInvalid, why);
         return HandshakeStep::kContinue;
     }
-    if (!hs.exports().find(request->name)) {
+    const auto facts = hs.exports().find(request->name);
+    if (!facts) {
         out.error(kRepErrUnknown, "no export named " + quote(request->name));
         return HandshakeStep::kContinue;
     }
-    // Each context at most once, however often it is asked for.
-    for (const MetaContext& context : offered_contexts()) {
-        bool chosen = listing && request->queries.empty();
-        for (const std::string_view query : request->queries) chosen = chosen || query_matches(query, context, listing);
-        if (!chosen) continue;
-        context_reply(out, listing ? 0 : context.id, context.name);
-        if (!listing) hs.selection().contexts.push_back(context);
-    }
-    if (!listing) hs.selection().export_name = std::string(request->name);
+    ContextList chosen = match_contexts(*facts->contexts, request->queries, listing);
+    for (const MetaContext& context : chosen) context_reply(out, listing ? 0 : context.id, context.name);
+    if (!listing) hs.selection() = {std::string(request->name), std::move(chosen)};
     out.ack();
     return HandshakeStep::kContinue;
 }

@@ -19,13 +19,14 @@ HandshakeStep opt_go(Handshake& hs, Payload payload, OptionOutput& out);
 HandshakeStep opt_structured_reply(Handshake& hs, Payload payload, OptionOutput& out);
 HandshakeStep opt_list_meta_context(Handshake& hs, Payload payload, OptionOutput& out);
 HandshakeStep opt_set_meta_context(Handshake& hs, Payload payload, OptionOutput& out);
+HandshakeStep opt_extended_headers(Handshake& hs, Payload payload, OptionOutput& out);
 
 struct OptionRow {
     uint32_t number;
     HandshakeStep (*handle)(Handshake& hs, Payload payload, OptionOutput& out);
 };
 
-/// What is not listed answers ERR_UNSUP: PEEK_EXPORT is withdrawn, EXTENDED_HEADERS not offered.
+/// What is not listed answers ERR_UNSUP: PEEK_EXPORT is withdrawn.
 inline constexpr OptionRow kOptionTable[] = {
     {kOptExportName, opt_export_name},
     {kOptAbort, opt_abort},
@@ -36,6 +37,7 @@ inline constexpr OptionRow kOptionTable[] = {
     {kOptStructuredReply, opt_structured_reply},
     {kOptListMetaContext, opt_list_meta_context},
     {kOptSetMetaContext, opt_set_meta_context},
+    {kOptExtendedHeaders, opt_extended_headers},
 };
 
 }  // namespace gantry::nbd

@@ -150,8 +150,15 @@ class Handshake(Protocol):
         self.assertIn(client.final(nbd.OPT_STARTTLS), (nbd.POLICY, nbd.UNSUP, nbd.PLATFORM))
         self.assertEqual(client.final(nbd.OPT_GO, nbd.info("disk", 3)), nbd.ACK)
 
-    def test_extended_headers_are_not_offered_yet(self):
-        self.assertEqual(self.greeted().final(nbd.OPT_EXTENDED), nbd.UNSUP)
+    def test_extended_headers_are_offered_once(self):
+        require_gantry("the installed reference has no extended headers")
+        client = self.greeted()
+        self.assertEqual(client.final(nbd.OPT_EXTENDED, b"x"), nbd.INVALID)
+        self.assertEqual(client.final(nbd.OPT_EXTENDED), nbd.ACK)
+        self.assertEqual(client.final(nbd.OPT_EXTENDED), nbd.INVALID)
+        self.assertEqual(client.final(nbd.OPT_STRUCTURED), nbd.EXT_HEADER_REQD)
+        client.send(struct.pack(">QII", nbd.IHAVEOPT, nbd.OPT_EXPORT_NAME, 4) + b"disk")
+        self.assertTrue(client.ends())
 
     def test_meta_contexts(self):
         client = self.greeted()

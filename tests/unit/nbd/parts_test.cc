@@ -168,14 +168,14 @@ TEST_CASE("nbd extents: neighbours merge, long ones are split below 4 GiB", "[nb
     };
     using All = std::vector<std::pair<uint32_t, uint32_t>>;
     SECTION("merging") {
-        ExtentList list(8);
+        ExtentList list(8, false);
         CHECK(list.add(4096, 0));
         CHECK(list.add(4096, 0));
         CHECK(list.add(512, 3));
         CHECK(at(list) == All{{8192, 0}, {512, 3}});
     }
     SECTION("splitting") {
-        ExtentList list(8);
+        ExtentList list(8, false);
         CHECK(list.add(uint64_t{10} << 30, 3));
         const auto all = at(list);
         REQUIRE(all.size() == 3);
@@ -184,14 +184,14 @@ TEST_CASE("nbd extents: neighbours merge, long ones are split below 4 GiB", "[nb
         CHECK(uint64_t{all[0].first} + all[1].first + all[2].first == uint64_t{10} << 30);
     }
     SECTION("a full list says so") {
-        ExtentList list(1);
+        ExtentList list(1, false);
         CHECK(list.add(4096, 0));
         CHECK(list.add(4096, 0));
         CHECK_FALSE(list.add(4096, 1));
         CHECK(at(list) == All{{8192, 0}});
     }
     SECTION("growing") {
-        ExtentList list(kMaxStatusExtents);
+        ExtentList list(kMaxStatusExtents, false);
         for (uint32_t i = 0; i < kMaxStatusExtents; ++i) REQUIRE(list.add(i + 1, i & 1));
         CHECK_FALSE(list.add(1, 0));
         const auto all = at(list);
