@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import time
 
 from .servers import EXPORT
 
@@ -55,3 +56,30 @@ def fio(server, workload, seconds, pin=None):
     latency = half["clat_ns"]
     return {"ios": half["total_ios"], "iops": half["iops"], "mbps": half["bw_bytes"] / 1e6,
             "lat_us": latency["mean"] / 1e3, "p99_us": latency.get("percentile", {}).get("99.000000", 0) / 1e3}
+
+
+def copy(server, workload, image, source, pin=None):
+    """nbdcopy of the whole image; `source` is what is copied in."""
+    command = ["nbdcopy"] + (["--connections=%d" % workload.connections] if workload.connections else [])
+    command += [source, server.uri()] if workload.writes else [server.uri(), "null:"]
+    bytes_ = os.path.getsize(image)
+    begun = time.monotonic()
+    run(command, 60, pin)
+    seconds = time.monotonic() - begun
+    ios = bytes_ / 262144  # nbdcopy's request size
+    return {"ios": ios, "iops": ios / seconds, "mbps": bytes_ / 1e6 / seconds, "lat_us": 0, "p99_us": 0}
+
+
+def block_status(server, pin=None):
+    """nbdinfo --map of the whole image, in ms."""
+    begun = time.monotonic()
+    run(["nbdinfo", "--map", "--totals", server.uri()], 60, pin)
+    milliseconds = (time.monotonic() - begun) * 1000
+    return {"ios": 1, "iops": 0, "mbps": 0, "ms": milliseconds, "lat_us": 0, "p99_us": 0}
+
+
+def handshakes(server, seconds, pin=None):
+    """libnbd connects, negotiates TLS and leaves, one connection after the other. Its module is the system python's."""
+    program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "handshakes.py")
+    got = json.loads(run(["/usr/bin/python3", program, server.uri(), str(seconds)], seconds, pin))
+    return {"ios": got["connections"], "iops": got["connections"] / got["seconds"], "mbps": 0, "lat_us": 0, "p99_us": 0}

@@ -14,6 +14,8 @@ FRESH_MEMORY = 6 << 30  # bytes; what a run can fill
 
 def format_of(kind):
     """The format of an image kind: raw and null are themselves, the others are qcow2 in different states."""
+    if kind in ("holes", "target"):
+        return "raw"
     return kind if kind in ("raw", "null") else "qcow2"
 
 
@@ -56,6 +58,15 @@ class Images:
             with open(unfinished, "wb") as file:
                 for _ in range(self.mebibytes):
                     file.write(os.urandom(1 << 20))
+        elif kind == "holes":
+            make_holes(unfinished, self.mebibytes << 20, 4 * PAGE)
+        elif kind == "qcow2-holes":
+            make_holes(unfinished + ".raw", self.mebibytes << 20, 65536)
+            subprocess.run(["qemu-img", "convert", "-O", "qcow2", "-S", "65536", unfinished + ".raw", unfinished], check=True)
+            os.unlink(unfinished + ".raw")
+        elif kind == "target":
+            self.make("raw")
+            subprocess.run(["cp", "--reflink=never", "--sparse=never", self.path("raw"), unfinished], check=True)
         elif kind == "chain":
             self.make_chain(unfinished)
         elif kind == "compressed":
@@ -128,6 +139,15 @@ class Images:
                 read_in_pages(path)
             elif folios == "large":
                 read_in_order(path)
+
+
+def make_holes(path, bytes_, unit):
+    """Every second unit is data."""
+    with open(path, "wb") as file:
+        for offset in range(0, bytes_, 2 * unit):
+            file.seek(offset)
+            file.write(b"x" * unit)
+        file.truncate(bytes_)
 
 
 def touch_memory(limit):

@@ -6,7 +6,7 @@ import time
 
 from . import clients, processes
 from .images import format_of
-from .workloads import FIO, LOAD
+from .workloads import FIO, HANDSHAKES, LOAD, NBDCOPY, NBDINFO
 
 
 class Bench:
@@ -54,17 +54,18 @@ class Bench:
         """Warms the image, starts the server, runs the client once, stops the server."""
         kind = server.image_kind or suite.image
         self.images.warm(kind, folios)
-        server.start(self.directory, self.images.path(kind), format_of(kind), suite.direct, suite.readonly, 1 if self.pin else None)
+        server.start(self.directory, self.images.path(kind), format_of(kind), suite.direct, suite.readonly, 1 if self.pin else None,
+                     suite.tls)
         try:
             if workload.kind == "startup":
                 return {"value": server.startup_seconds * 1000}
             if workload.kind == "idle":
                 return {"value": server.rss_kib() / 1024}
-            return self.run_client(server, workload, client)
+            return self.run_client(server, workload, client, self.images.path(kind))
         finally:
             server.stop()
 
-    def run_client(self, server, workload, client):
+    def run_client(self, server, workload, client, image):
         pin = 0 if self.pin else None
         server_cpu, machine_cpu, own_cpu = server.cpu_seconds(), processes.machine_cpu_seconds(), processes.own_cpu_seconds()
         begun = time.monotonic()
@@ -72,6 +73,12 @@ class Bench:
             got = clients.load(self.generator, server, workload, self.seconds, pin)
         elif client == FIO:
             got = clients.fio(server, workload, self.seconds, pin)
+        elif client == NBDCOPY:
+            got = clients.copy(server, workload, image, self.images.path("raw"), pin)
+        elif client == NBDINFO:
+            got = clients.block_status(server, pin)
+        elif client == HANDSHAKES:
+            got = clients.handshakes(server, self.seconds, pin)
         else:
             raise ValueError("client %s cannot run %s" % (client, workload.name))
         time.sleep(0.02)  # a server of processes reaps those that served the last connections
@@ -81,7 +88,8 @@ class Bench:
         others = max(0, machine_cpu - server_cpu - own_cpu) / (time.monotonic() - begun)
         if not got["ios"]:
             raise clients.ClientError("not one request was answered")
-        return {"value": got["mbps"] if workload.unit == "MB/s" else got["iops"], "lat_us": round(got["lat_us"], 1),
+        key = {"MB/s": "mbps", "ms": "ms"}.get(workload.unit, "iops")
+        return {"value": got[key], "lat_us": round(got["lat_us"], 1),
                 "p99_us": round(got["p99_us"], 1), "cpu_us": server_cpu / got["ios"] * 1e6,
                 "client_cpu_us": own_cpu / got["ios"] * 1e6, "noise": round(others, 3)}
 

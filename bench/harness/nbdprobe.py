@@ -14,6 +14,15 @@ def receive(connection, count):
     return data
 
 
+def hello(path):
+    """Connects and reads the greeting; OSError when anything goes wrong."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(5)
+        connection.connect(path)
+        if receive(connection, 18)[:16] != b"NBDMAGICIHAVEOPT":
+            raise OSError("not a newstyle NBD server")
+
+
 def first_read(path, export, length=4096):
     """Connects, negotiates simple replies and reads the first bytes; OSError when anything goes wrong."""
     with socket.socket(socket.AF_UNIX) as connection:

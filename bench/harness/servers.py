@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 
-from . import nbdprobe, processes
+from . import nbdprobe, pki, processes
 from .images import format_of
 
 EXPORT = "x"
@@ -16,7 +16,7 @@ START_LIMIT_SECONDS = 10
 BLOCKDEV = ["--blockdev", "driver=file,node-name=file,filename={image},read-only={readonly},cache.direct={direct}{aio}",
             "--blockdev", "driver={format},node-name=disk,file=file,read-only={readonly}"]
 NULL_BLOCKDEV = ["--blockdev", "driver=null-co,node-name=disk,size=1073741824,read-zeroes=off"]
-EXPORT_DISK = ["--nbd-server", "addr.type=unix,addr.path={socket}",
+EXPORT_DISK = ["--nbd-server", "addr.type=unix,addr.path={socket}{tls_creds}",
                "--export", "type=nbd,id=export,node-name=disk,name=" + EXPORT + ",writable={writable}"]
 
 NBD_SERVER_CONFIG = """[generic]
@@ -26,6 +26,17 @@ exportname={image}
 flush=true
 readonly={nbd_server_readonly}
 """ % EXPORT
+NBD_SERVER_TLS = """force_tls=true
+cacertfile={pki}/ca-cert.pem
+certfile={pki}/server-cert.pem
+keyfile={pki}/server-key.pem
+"""
+
+# What a server of each kind is told besides when a suite wants TLS; {pki} is where keys and certificates are.
+QEMU_TLS = {"x509": ["--object", "tls-creds-x509,id=tls,endpoint=server,dir={pki}"],
+            "psk": ["--object", "tls-creds-psk,id=tls,endpoint=server,dir={pki}"]}
+NBDKIT_TLS = {"x509": ["--tls=require", "--tls-certificates={pki}"], "psk": ["--tls=require", "--tls-psk={pki}/keys.psk"]}
+URI_TLS = {"x509": "&tls-certificates={pki}&tls-verify-peer=false", "psk": "&tls-psk-file={pki}/keys.psk"}
 
 # Without these glibc gives each large request buffer back to the kernel, and its pages fault in again.
 MALLOC_ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "33554432",
@@ -49,20 +60,24 @@ class Server:
             return False  # a reference that would be measured against itself
         return format_of(self.image_kind or image_kind) in self.formats and direct in self.direct
 
-    def start(self, directory, image, format_name, direct, readonly, pin=None):
-        """Starts serving and returns once a read was answered; RuntimeError with the server's words otherwise."""
+    def start(self, directory, image, format_name, direct, readonly, pin=None, tls=""):
+        """Starts serving and returns once a read was answered (with TLS: once it says hello); RuntimeError with the
+        server's words otherwise."""
+        self.tls, self.pki = tls, pki.make(directory) if tls else ""
         self.socket = os.path.join(directory, "%s.%d.sock" % (self.name, os.getpid()))
         self.pid_file = self.socket + ".pid"
         self.forget_files()
         values = {"image": image, "format": format_name, "socket": self.socket, "aio": self.aio,
                   "pid_file": self.pid_file, "config": self.socket + ".conf", "direct": "on" if direct else "off",
                   "readonly": "on" if readonly else "off", "writable": "off" if readonly else "on",
-                  "nbd_server_readonly": "true" if readonly else "false"}
+                  "nbd_server_readonly": "true" if readonly else "false", "pki": self.pki,
+                  "tls_creds": ",tls-creds=tls" if tls else ""}
         if self.config:
             with open(values["config"], "w") as file:
-                file.write(self.config.format(**values))
+                config = self.config.replace("[generic]\n", "[generic]\n" + NBD_SERVER_TLS) if tls else self.config
+                file.write(config.format(**values))
         command = (["taskset", "-c", str(pin)] if pin is not None else [])
-        command += [argument.format(**values) for argument in self.arguments]
+        command += [argument.format(**values) for argument in self.with_tls()]
         if readonly and "nbdkit" in self.arguments[0]:
             command.insert(command.index("-f"), "-r")
         self.log_path = os.path.join(directory, "server.%s.log" % self.name)
@@ -77,6 +92,12 @@ class Server:
             raise
         self.startup_seconds = time.monotonic() - begun
         self.pid = self.daemon_pid() if self.daemonizes else self.process.pid
+
+    def with_tls(self):
+        if not self.tls or self.config:
+            return self.arguments
+        more = NBDKIT_TLS if "nbdkit" in self.arguments[0] else QEMU_TLS
+        return [self.arguments[0], *more[self.tls], *self.arguments[1:]]
 
     def daemon_pid(self):
         """The process that nbd-server left in the background, from its pid file; OSError or ValueError before that."""
@@ -93,7 +114,10 @@ class Server:
             try:
                 if self.daemonizes:
                     self.daemon_pid()
-                nbdprobe.first_read(self.socket, EXPORT)
+                if self.tls:
+                    nbdprobe.hello(self.socket)
+                else:
+                    nbdprobe.first_read(self.socket, EXPORT)
                 return
             except (OSError, ValueError) as error:
                 problem = str(error)
@@ -128,7 +152,9 @@ class Server:
         return processes.tree_rss_kib(self.pid)
 
     def uri(self):
-        return "nbd+unix:///%s?socket=%s" % (EXPORT, self.socket)
+        scheme = "nbds+unix" if self.tls else "nbd+unix"
+        user = "qemu@" if self.tls == "psk" else ""
+        return "%s://%s/%s?socket=%s%s" % (scheme, user, EXPORT, self.socket, URI_TLS.get(self.tls, "").format(pki=self.pki))
 
 
 def stop_stranger(pid):

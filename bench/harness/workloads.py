@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-LOAD, FIO, PROBE = "load", "fio", "probe"
+LOAD, FIO, PROBE, NBDCOPY, NBDINFO, HANDSHAKES = CLIENTS = ("load", "fio", "probe", "nbdcopy", "nbdinfo", "handshakes")
 
 
 @dataclass(frozen=True)
 class Workload:
     name: str
-    kind: str = "transfer"  # transfer, connect, startup, idle
+    kind: str = "transfer"  # transfer, connect, startup, idle, copy (nbdcopy), map (nbdinfo --map)
     rw: str = ""
     block: str = ""
     depth: int = 1
@@ -24,11 +24,11 @@ class Workload:
     def unit(self):
         if self.kind == "transfer":
             return "IOPS" if self.block == "4k" else "MB/s"
-        return {"connect": "conn/s", "startup": "ms", "idle": "MiB"}[self.kind]
+        return {"connect": "conn/s", "startup": "ms", "idle": "MiB", "copy": "MB/s", "map": "ms"}[self.kind]
 
     @property
     def lower_is_better(self):
-        return self.kind in ("startup", "idle")
+        return self.kind in ("startup", "idle", "map")
 
     @property
     def least_rounds(self):
@@ -38,11 +38,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Suite:
-    image: str  # a kind of images.py: raw, qcow2, fresh, chain, compressed, null
+    image: str  # a kind of images.py: raw, qcow2, fresh, chain, compressed, holes, qcow2-holes, target, null
     direct: bool
     workloads: tuple
     servers: tuple  # the default ones; ours are `gantry...`
     readonly: bool = False
+    tls: str = ""  # x509 or psk
 
 
 def transfer(rw, block, depth, connections=1, folios="large"):
@@ -63,6 +64,14 @@ PARALLEL = (transfer("randread", "4k", 32, connections=4),)
 SERVICE = (Workload("connect", "connect", clients=(LOAD,)), Workload("startup", "startup", clients=(PROBE,)),
            Workload("idle-rss", "idle", clients=(PROBE,)))
 
+# As nbdcopy does it by itself, and with one connection.
+COPIES = tuple(Workload("copy-" + name, "copy", rw, connections=connections, clients=(NBDCOPY,))
+               for name, rw, connections in (("out", "read", 0), ("in", "write", 0), ("out-x1", "read", 1), ("in-x1", "write", 1)))
+MAP = (Workload("map", "map", clients=(NBDINFO,)),)
+TLS = (COPIES[2], COPIES[0], COPIES[3], Workload("connect", "connect", clients=(HANDSHAKES,)),
+       Workload("startup", "startup", clients=(PROBE,)))
+TLS_SERVERS = ("gantry", "qsd-uring-malloc", "nbdkit", "nbd-server")
+
 SUITES = {
     "raw": Suite("raw", False, READS + PARALLEL + WRITES + SMALL_FOLIO_WRITES + SERVICE,
                  ("gantry", "qsd-threads", "qsd-uring", "qsd-uring-malloc", "nbdkit", "nbd-server")),
@@ -75,6 +84,11 @@ SUITES = {
     "qcow2-chain": Suite("chain", False, (READS[1], READS[2]), ("gantry", "gantry-on-qcow2", "qsd-uring-malloc"), readonly=True),
     "qcow2-compressed": Suite("compressed", False, (READS[2], transfer("randread", "64k", 8), transfer("read", "16k", 8)),
                               ("gantry", "qsd-threads", "qsd-uring-malloc"), readonly=True),
+    "raw-copy": Suite("target", False, COPIES, ("gantry", "qsd-uring-malloc", "nbdkit", "nbd-server")),
+    "raw-map": Suite("holes", False, MAP, ("gantry", "qsd-uring-malloc", "nbdkit"), readonly=True),
+    "qcow2-map": Suite("qcow2-holes", False, MAP, ("gantry", "qsd-uring-malloc", "qemu-nbd"), readonly=True),
+    "raw-x509": Suite("target", False, TLS, TLS_SERVERS, tls="x509"),
+    "raw-psk": Suite("target", False, TLS, TLS_SERVERS, tls="psk"),
     "null": Suite("null", False, READS + PARALLEL + WRITES, ("gantry-null", "qsd-null", "nbdkit-null", "nbdkit-memory")),
 }
 DEFAULT_SUITES = ("raw", "qcow2")
