@@ -43,7 +43,7 @@ Result<std::unique_ptr<Daemon>> Daemon::create(DaemonSettings settings) {
     }
     daemon->signals_ = std::make_unique<SignalWaiter>(std::move(*signals));
     daemon->runtime_->main_loop().run_until_complete(daemon->watch_signals());
-    nbd::set_process_server(&daemon->nbd_server_);
+    nbd::set_process_servers(&daemon->nbd_servers_);
     return daemon;
 }
 
@@ -54,12 +54,12 @@ Daemon::Daemon(DaemonSettings settings, std::unique_ptr<Runtime> runtime)
       events_(monitors_),
       graph_(*runtime_, drivers(), &events_),
       exports_(*runtime_, graph_, export_types(), [this](std::string_view id) { events_.export_deleted(id); }),
-      nbd_server_(*runtime_),
+      nbd_servers_(*runtime_),
       objects_(*runtime_, exports_, graph_.secrets()),
       services_{*runtime_,
                 graph_,
                 exports_,
-                nbd_server_,
+                nbd_servers_,
                 objects_,
                 monitors_,
                 [this] { request_quit(); },
@@ -67,13 +67,13 @@ Daemon::Daemon(DaemonSettings settings, std::unique_ptr<Runtime> runtime)
       watchdog_(*runtime_, notifier_) {
     monitors_.set_services(&services_);
     // Who connects during the start-up finds everything that the command line asks for, or nobody.
-    nbd_server_.hold_clients();
+    nbd_servers_.hold_clients();
     monitors_.hold_clients();
 }
 
 Daemon::~Daemon() {
     CHECK(ended_, "the daemon is shut down before it is destroyed");
-    nbd::set_process_server(nullptr);
+    nbd::set_process_servers(nullptr);
 }
 
 Result<> Daemon::apply(const OptionUse& option) { return runtime_->main_loop().run_until_complete(apply_task(option)); }
@@ -110,7 +110,8 @@ Task<Result<>> Daemon::apply_task(OptionUse option) {
     }
     if (option.name == "nbd-server") {
         CO_TRY(json::object object, parse_option(schema::type("NbdServerOptions"), option.value, ""));
-        co_return co_await nbd_server_.start(qmp::nbd_server_options(services_, object));
+        CO_TRY(nbd::ServerOptions options, qmp::nbd_server_options(services_, object));
+        co_return co_await nbd_servers_.start(schema::Options(object).str("id"), std::move(options));
     }
     if (option.name == "export") {
         CO_TRY(json::object object, parse_option(schema::type("BlockExportOptions"), option.value, "type"));
@@ -186,7 +187,7 @@ void Daemon::shut_down() {
 }
 
 Task<void> Daemon::main_task() {
-    nbd_server_.let_clients_in();
+    nbd_servers_.let_clients_in();
     monitors_.let_clients_in();
     watchdog_.start();
     if (notifier_.active()) scope_.spawn(report_status());
@@ -215,7 +216,7 @@ Task<void> Daemon::report_status() {
     std::string last;
     while (!quit_.is_set()) {
         std::string text = fmt::format("{} exports, {} NBD clients, {} monitors", exports_.size(),
-                                       nbd_server_.connections(), monitors_.sessions());
+                                       nbd_servers_.connections(), monitors_.sessions());
         if (text != last) notifier_.status(text);
         last = std::move(text);
         (void)co_await status_pause_.after(std::chrono::seconds(1));
@@ -227,11 +228,12 @@ Task<void> Daemon::end_task() {
     // A command that began before may still add an export, a job or the server itself: these go in two rounds.
     monitors_.hold_commands();
     co_await graph_.jobs().cancel_all();
+    co_await nbd_servers_.say_good_bye();
     co_await exports_.remove_all();
     co_await monitors_.commands_done();
     co_await graph_.jobs().cancel_all();
     co_await exports_.remove_all();
-    if (nbd_server_.running()) co_await nbd_server_.stop();
+    co_await nbd_servers_.stop_all();
     co_await graph_.close_all();
     co_await monitors_.stop();
     objects_.clear();

@@ -72,7 +72,7 @@ class Daemon {
     qmp::Events events_;
     block::Graph graph_;
     exports::Registry exports_;
-    nbd::Server nbd_server_;
+    nbd::Servers nbd_servers_;
     qmp::Objects objects_;
     qmp::Services services_;
     systemd::Watchdog watchdog_;

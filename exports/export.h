@@ -83,6 +83,8 @@ class Registry {
     Export* find(std::string_view id) const;
     /// Removes (hard) every export of `type` ("" = all) and waits until they are gone.
     Task<void> remove_all(std::string_view type = {});
+    /// The same for those that `concerned` picks; one that is being added is waited for.
+    Task<void> remove_if(std::function<bool(const Export&)> concerned);
     size_t size() const;
 
     /// Loops by name for the option `iothread`.

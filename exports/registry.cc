@@ -176,6 +176,8 @@ Result<> Registry::remove(std::string_view id, RemoveMode mode) {
 }
 
 Task<void> Registry::Impl::finish_removal(Registry* registry, Entry* entry) {
+    // The requests of its clients must end, whether a lost server comes back or not.
+    if (entry->exported->has_clients()) block::Graph::cancel_in_flight(entry->exported->root().node());
     co_await entry->exported->stop();
     auto root = std::move(entry->exported->context_.root);
     entry->node_name = root->node().name();
@@ -218,6 +220,24 @@ Task<void> Registry::remove_all(std::string_view type) {
         }
         if (std::ranges::none_of(entries_, concerned)) break;
         // One that is being added is waited for, too.
+        co_await impl_->changed.wait();
+    }
+}
+
+Task<void> Registry::remove_if(std::function<bool(const Export&)> concerned) {
+    for (;;) {
+        bool left = false;
+        std::vector<std::string> ids;
+        for (const auto& e : entries_) {
+            // What has no export yet, or none any more, will have one or be gone soon.
+            if (e->exported && !concerned(*e->exported)) continue;
+            left = true;
+            if (e->state == State::kRunning) ids.push_back(e->id);
+        }
+        for (const std::string& id : ids) {
+            [[maybe_unused]] const Result<> begun = remove(id, RemoveMode::kHard);
+        }
+        if (!left) break;
         co_await impl_->changed.wait();
     }
 }

@@ -41,7 +41,12 @@ HandshakeStep refuse_option(uint32_t number, std::vector<uint8_t>& out) {
 }  // namespace
 
 Connection::Connection(Server& server, const ExportDirectory& exports, UniqueFd fd, ConnectionLimits limits)
-    : server_(server), fd_(std::move(fd)), limits_(limits), peer_(peer_name(fd_.get())), handshake_(exports), credentials_(peer_credentials(fd_.get())) {}
+    : server_(server),
+      fd_(std::move(fd)),
+      limits_(limits),
+      peer_(peer_name(fd_.get())),
+      handshake_(exports),
+      credentials_(peer_credentials(fd_.get())) {}
 
 Task<void> Connection::run() {
     if (limits_.handshake_max.count() > 0) scope_.spawn(enforce_time_limit());
@@ -113,6 +118,7 @@ Task<bool> Connection::negotiate() {
         if (step == HandshakeStep::kEnter) {
             if (alive) co_return true;
             export_->detach(*this);
+            export_ = nullptr;
             co_return false;
         }
         if (!alive || step == HandshakeStep::kClose) co_return false;
@@ -139,6 +145,7 @@ Task<void> Connection::transmit() {
     const char* how = result.end == SessionEnd::kDisconnect ? "" : " without saying good-bye";
     log::info("NBD client {} left export '{}'{}", peer_, exp.name(), how);
     exp.detach(*this);
+    export_ = nullptr;
 }
 
 void Connection::say_good_bye() {

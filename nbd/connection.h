@@ -3,12 +3,14 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "nbd/handshake/handshake.h"
 #include "nbd/session.h"
+#include "runtime/socket.h"
 #include "runtime/task_scope.h"
 #include "runtime/timer.h"
 #include "runtime/unique_fd.h"
@@ -33,8 +35,14 @@ class Connection {
     Task<void> run();
     /// Ends it soon, whatever it does: the socket is shut down, run() returns.
     void cut();
+    /// Options are answered by ERR_SHUTDOWN and requests by ESHUTDOWN from now on; what is in flight is finished.
+    void say_good_bye();
+    /// A number that changes when the client sends an option or a request.
+    uint64_t activity() const { return options_ + counters_.requests.load(std::memory_order_relaxed); }
+    /// Requests are in flight.
+    bool busy() const { return counters_.in_flight.load(std::memory_order_relaxed) != 0; }
     const std::string& peer() const { return peer_; }
-    /// {address, requests, bytes-read, bytes-written, in-flight}.
+    /// NbdClientInfo.
     json::object details() const;
     /// A sentence when the client broke the protocol; after run().
     std::string_view violation() const { return violation_; }
@@ -54,6 +62,10 @@ class Connection {
     Handshake handshake_;
     NbdExport* export_ = nullptr;  // entered
     Loop* loop_ = nullptr;         // of the session
+    uint64_t options_ = 0;         // received
+    bool good_bye_ = false;
+    std::optional<PeerCredentials> credentials_;
+    const Clock::time_point since_ = Clock::now();
     std::string_view violation_;
     Timer time_limit_;
     TaskScope scope_;

@@ -4,7 +4,7 @@
 #include <bit>
 
 #include "nbd/connection.h"
-#include "nbd/server.h"
+#include "nbd/servers.h"
 #include "schema/options.h"
 
 namespace gantry::nbd {
@@ -60,8 +60,13 @@ NbdExport::NbdExport(exports::ExportContext context) : Export(std::move(context)
 NbdExport::~NbdExport() { CHECK(connections_.empty(), "an NBD export is destroyed while clients use it"); }
 
 Task<Result<>> NbdExport::start() {
-    Server* server = process_server();
-    CHECK(server, "the NBD server is set before exports are made");
+    Servers* servers = process_servers();
+    CHECK(servers, "the NBD servers are set before exports are made");
+    const std::string id = schema::Options(context_.options).str("server");
+    Server* server = servers->find(id);
+    if (!server) {
+        co_return fail(ErrorKind::kInvalid, "NBD server not running: there is none with id '{}'; start it first", id);
+    }
     CO_CHECK(server->add_export(*this));
     server_ = server;
     co_return Result<>();
@@ -111,7 +116,9 @@ void NbdExport::detach(Connection& connection) {
 json::object NbdExport::details() const {
     json::array clients;
     for (const Connection* connection : connections_) clients.push_back(connection->details());
-    return {{"name", name_}, {"writable", writable()}, {"clients", std::move(clients)}};
+    json::object details{{"name", name_}, {"writable", writable()}, {"clients", std::move(clients)}};
+    if (server_ && !server_->id().empty()) details["server"] = server_->id();
+    return details;
 }
 
 }  // namespace gantry::nbd

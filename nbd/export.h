@@ -15,7 +15,7 @@ namespace gantry::nbd {
 class Connection;
 class Server;
 
-/// Main loop only. Belongs to process_server().
+/// Main loop only. Belongs to one of process_servers(), which its option 'server' names.
 class NbdExport final : public exports::Export {
   public:
     static Result<std::unique_ptr<exports::Export>> create(exports::ExportContext context);
@@ -29,6 +29,7 @@ class NbdExport final : public exports::Export {
     json::object details() const override;
 
     const std::string& name() const { return name_; }
+    Server* server() const { return server_; }
     const std::string& description() const { return description_; }
     /// What the handshake tells; `multi_conn` when the server lets several connections in.
     ExportFacts facts(bool multi_conn) const;

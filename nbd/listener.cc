@@ -1,14 +1,17 @@
 #include "nbd/listener.h"
 
+#include <grp.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <charconv>
 #include <cstddef>
 #include <cstring>
 
 #include "nbd/protocol.h"
+#include "runtime/log.h"
 #include "runtime/socket.h"
 #include "schema/options.h"
 
@@ -45,14 +48,59 @@ std::string authority(const std::string& host, int fd) {
     return text;
 }
 
+Result<mode_t> socket_mode(const std::string& text) {
+    unsigned mode = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), mode, 8);
+    if (error != std::errc() || end != text.data() + text.size() || mode == 0 || mode > 0777) {
+        return fail(ErrorKind::kInvalid, "mode '{}' is not an octal number from 1 to 0777", text);
+    }
+    return static_cast<mode_t>(mode);
+}
+
+/// By name or number.
+Result<gid_t> group_number(const std::string& text) {
+    gid_t gid = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), gid);
+    if (!text.empty() && error == std::errc() && end == text.data() + text.size()) return gid;
+    std::vector<char> memory(16384);
+    group entry{};
+    group* found = nullptr;
+    if (::getgrnam_r(text.c_str(), &entry, memory.data(), memory.size(), &found) != 0 || !found) {
+        return fail(ErrorKind::kNotFound, "group '{}' is not known; give a name or a number", text);
+    }
+    return found->gr_gid;
+}
+
 Result<ListenSocket> open_unix(const schema::Options& address) {
     const std::string path = address.str("path");
     if (address.flag("abstract")) {
         TRY(UniqueFd fd, listen_abstract(path, address.flag("tight", true)));
         return ListenSocket(std::move(fd), "", "%00" + percent_encode(path, "/"), false);
     }
-    TRY(UniqueFd fd, listen_unix(path, 0, SOMAXCONN));
+    mode_t mode = 0;
+    if (address.has("mode")) {
+        TRY(mode, socket_mode(address.str("mode")));
+    }
+    std::optional<gid_t> group;
+    if (address.has("group")) {
+        TRY(group, group_number(address.str("group")));
+    }
+    TRY(UniqueFd fd, listen_unix(path, mode, SOMAXCONN, group));
     return ListenSocket(std::move(fd), "", percent_encode(path, "/"), true);
+}
+
+Result<ListenSocket> open_vsock(const schema::Options& address) {
+    const std::string cid = address.str("cid"), port = address.str("port");
+    TRY(UniqueFd fd, listen_vsock(cid, port, SOMAXCONN));
+    // "vsock:CID:PORT": the port may have been chosen by the kernel.
+    std::string where = local_name(fd.get()).substr(std::strlen("vsock:"));
+    return ListenSocket(std::move(fd), std::move(where), "", false, "nbd+vsock");
+}
+
+/// What every connection inherits. A connection without it works, too.
+void prepare_listener(int fd, bool keep_alive, Keepalive probes) {
+    if (auto r = set_tcp_nodelay(fd); !r) log::debug("{}", r.error().message());
+    if (auto r = set_keepalive(fd, keep_alive, probes); !r) log::debug("{}", r.error().message());
 }
 
 Result<ListenSocket> open_fd(const schema::Options& address,
@@ -68,6 +116,10 @@ Result<ListenSocket> open_fd(const schema::Options& address,
     if (!local.starts_with(kUnix)) {
         std::string host = local.substr(0, local.rfind(':'));
         if (host.starts_with('[')) host = host.substr(1, host.size() - 2);
+        if (local.starts_with("vsock:")) {
+            return ListenSocket(std::move(fd), local.substr(std::strlen("vsock:")), "", false, "nbd+vsock");
+        }
+        prepare_listener(fd.get(), true, {});
         std::string where = authority(host, fd.get());
         return ListenSocket(std::move(fd), std::move(where), "", false);
     }
@@ -85,6 +137,12 @@ Task<Result<std::vector<ListenSocket>>> open_inet(json::object object) {
     InetFamilies families;
     if (address.has("ipv4")) families.ipv4 = address.flag("ipv4");
     if (address.has("ipv6")) families.ipv6 = address.flag("ipv6");
+    families.numeric = address.flag("numeric");
+    Keepalive probes;
+    probes.idle = std::chrono::seconds(address.integer("keep-alive-idle"));
+    probes.interval = std::chrono::seconds(address.integer("keep-alive-interval"));
+    probes.count = static_cast<int>(std::min<int64_t>(address.integer("keep-alive-count"), 127));
+    const bool keep_alive = address.flag("keep-alive", true);
     CO_TRY(const bool number, port_is_number(port));
     unsigned first = 0, last = 0;
     if (number) first = last = static_cast<unsigned>(std::stoul(port));
@@ -103,6 +161,7 @@ Task<Result<std::vector<ListenSocket>>> open_inet(json::object object) {
         }
         std::vector<ListenSocket> sockets;
         for (UniqueFd& fd : *fds) {
+            prepare_listener(fd.get(), keep_alive, probes);
             std::string where = authority(host, fd.get());
             sockets.emplace_back(std::move(fd), std::move(where), "", false);
         }
@@ -112,15 +171,21 @@ Task<Result<std::vector<ListenSocket>>> open_inet(json::object object) {
 
 }  // namespace
 
-ListenSocket::ListenSocket(UniqueFd fd, std::string uri_authority, std::string uri_query, bool owns_path_of_unix)
-    : fd_(std::move(fd)), authority_(std::move(uri_authority)), query_(std::move(uri_query)) {
+ListenSocket::ListenSocket(UniqueFd fd, std::string uri_authority, std::string uri_query, bool owns_path_of_unix,
+                           std::string_view scheme)
+    : fd_(std::move(fd)), scheme_(scheme), authority_(std::move(uri_authority)), query_(std::move(uri_query)) {
     if (owns_path_of_unix) file_ = SocketFile(local_name(fd_.get()).substr(std::strlen("unix:")));
 }
 
 std::string ListenSocket::uri(std::string_view export_name) const {
     const std::string name = percent_encode(export_name, "/");
     if (is_unix()) return fmt::format("nbd+unix:///{}?socket={}", name, query_);
-    return fmt::format("nbd://{}/{}", authority_, name);
+    return fmt::format("{}://{}/{}", scheme_, authority_, name);
+}
+
+void ListenSocket::close() {
+    file_.remove();
+    fd_.reset();
 }
 
 Result<bool> port_is_number(std::string_view port) {
@@ -152,7 +217,9 @@ Task<Result<std::vector<ListenSocket>>> open_listeners(json::object object,
         CO_TRY(auto socket, open_fd(address, resolve_fd));
         sockets.push_back(std::move(socket));
     } else {
-        co_return fail(ErrorKind::kUnsupported, "socket address type '{}' is not served; use inet, unix or fd", type);
+        CHECK(type == "vsock", "the schema lists the types of addresses");
+        CO_TRY(auto socket, open_vsock(address));
+        sockets.push_back(std::move(socket));
     }
     co_return std::move(sockets);
 }

@@ -17,17 +17,21 @@ namespace gantry::nbd {
 /// A listening, non-blocking stream socket. A unix socket file that we made is removed with it, if it is still ours.
 class ListenSocket {
   public:
-    ListenSocket(UniqueFd fd, std::string uri_authority, std::string uri_query, bool owns_path_of_unix);
+    ListenSocket(UniqueFd fd, std::string uri_authority, std::string uri_query, bool owns_path_of_unix,
+                 std::string_view scheme = "nbd");
     ListenSocket(ListenSocket&&) = default;
     ListenSocket& operator=(ListenSocket&&) = delete;
 
     int fd() const { return fd_.get(); }
     bool is_unix() const { return !query_.empty(); }
-    /// "nbd://host:port/name" or "nbd+unix:///name?socket=path".
+    /// No more connections; the file of a unix socket is removed. The loop has forgotten the descriptor.
+    void close();
+    /// "nbd://host:port/name", "nbd+unix:///name?socket=path" or "nbd+vsock://cid:port/name".
     std::string uri(std::string_view export_name) const;
 
   private:
     UniqueFd fd_;
+    std::string_view scheme_;  // static text
     std::string authority_;
     std::string query_;
     SocketFile file_;

@@ -32,21 +32,19 @@ constexpr std::chrono::milliseconds kAcceptPause{200};
 /// Warnings about misbehaving clients in a second.
 constexpr unsigned kWarningsPerSecond = 5;
 
-Server* the_process_server = nullptr;
+/// At the end of a server clients are told so for a while: as long as they ask for something, up to a limit.
+constexpr std::chrono::milliseconds kGoodByeLook{10};
+constexpr std::chrono::milliseconds kGoodByeMax{500};
 
 bool out_of_resources(int error) { return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM; }
 
+/// A connection takes TCP_NODELAY and keepalive over from its listener; the buffer of a unix socket is its own.
 void prepare_socket(int fd, bool is_unix) {
-    if (is_unix) {
-        // Replies to several large reads fit; beyond the system's limit only with privileges.
-        if (::setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &kSendBuffer, sizeof kSendBuffer) != 0) {
-            ::setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &kSendBuffer, sizeof kSendBuffer);
-        }
-        return;
+    if (!is_unix) return;
+    // Replies to several large reads fit; beyond the system's limit only with privileges.
+    if (::setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &kSendBuffer, sizeof kSendBuffer) != 0) {
+        ::setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &kSendBuffer, sizeof kSendBuffer);
     }
-    // Both are refinements: a connection without them works.
-    if (auto r = set_tcp_nodelay(fd); !r) log::debug("{}", r.error().message());
-    if (auto r = set_keepalive(fd); !r) log::debug("{}", r.error().message());
 }
 
 struct Listener {
@@ -59,20 +57,23 @@ struct Listener {
 }  // namespace
 
 struct Server::Impl final : ExportDirectory {
-    Impl(Server& s, Runtime& r) : server(s), runtime(r) {}
+    Impl(Server& s, Runtime& r, std::string name) : server(s), runtime(r), id(std::move(name)) {}
 
     std::optional<ExportFacts> find(std::string_view name) const override;
     std::vector<Listed> list() const override;
 
     Task<void> accept_clients(Listener* listener);
     Task<void> serve(UniqueFd fd);
-    void take(Listener& listener);
     bool full() const { return options.max_connections != 0 && clients.size() >= options.max_connections; }
     ConnectionLimits limits() const;
     void warn_about(const Connection& connection);
+    void close_listeners();
+    /// Changes whenever a client does something.
+    uint64_t activity() const;
 
     Server& server;
     Runtime& runtime;
+    const std::string id;
     ServerOptions options;
     enum class State : uint8_t { kStopped, kStarting, kRunning, kStopping } state = State::kStopped;
     std::vector<std::unique_ptr<Listener>> listeners;
@@ -131,6 +132,8 @@ Task<void> Server::Impl::accept_clients(Listener* listener) {
             co_await listener->pause.until(Clock::time_point::min());
         }
     }
+    Loop::current().forget_fd(listener->socket.fd());
+    listener->socket.close();
 }
 
 Task<void> Server::Impl::serve(UniqueFd fd) {
@@ -153,9 +156,11 @@ void Server::Impl::warn_about(const Connection& connection) {
     }
 }
 
-Server::Server(Runtime& runtime) : impl_(std::make_unique<Impl>(*this, runtime)) {}
+Server::Server(Runtime& runtime, std::string id) : impl_(std::make_unique<Impl>(*this, runtime, std::move(id))) {}
 
 Server::~Server() { CHECK(impl_->state == Impl::State::kStopped, "the NBD server is stopped before it is destroyed"); }
+
+const std::string& Server::id() const { return impl_->id; }
 
 void Server::hold_clients() { impl_->held = true; }
 
@@ -170,32 +175,61 @@ Task<Result<>> Server::start(ServerOptions options) {
     Impl& in = *impl_;
     if (in.state != Impl::State::kStopped) co_return fail(ErrorKind::kExists, "NBD server already running");
     in.state = Impl::State::kStarting;
-    auto sockets = co_await open_listeners(options.address, options.resolve_fd);
-    if (!sockets) {
-        in.state = Impl::State::kStopped;
-        co_return std::unexpected(std::move(sockets).error());
+    std::vector<ListenSocket> sockets;
+    json::array addresses{options.address};
+    for (json::value& address : options.more_addresses) addresses.push_back(address);
+    for (json::value& address : addresses) {
+        auto opened = co_await open_listeners(address.get_object(), options.resolve_fd);
+        if (!opened) {
+            in.state = Impl::State::kStopped;
+            co_return std::unexpected(std::move(opened).error());
+        }
+        std::ranges::move(*opened, std::back_inserter(sockets));
     }
     in.options = std::move(options);
     in.state = Impl::State::kRunning;
-    for (ListenSocket& socket : *sockets) {
+    for (ListenSocket& socket : sockets) {
         in.listeners.push_back(std::make_unique<Listener>(std::move(socket)));
         in.scope.spawn(in.accept_clients(in.listeners.back().get()));
     }
     co_return Result<>();
 }
 
-Task<void> Server::stop() {
-    Impl& in = *impl_;
-    if (in.state != Impl::State::kRunning) co_return;
-    in.state = Impl::State::kStopping;
-    for (const auto& listener : in.listeners) {
+void Server::Impl::close_listeners() {
+    state = State::kStopping;
+    for (const auto& listener : listeners) {
         if (listener->waiting) listener->waiting->cancel();
         listener->pause.cancel();
     }
-    in.slot_free.notify_all();
+    slot_free.notify_all();
+}
+
+uint64_t Server::Impl::activity() const {
+    uint64_t sum = clients.size();
+    for (const Connection* client : clients) sum += client->activity();
+    return sum;
+}
+
+Task<void> Server::say_good_bye() {
+    Impl& in = *impl_;
+    if (in.state != Impl::State::kRunning) co_return;
+    in.close_listeners();
+    for (Connection* client : in.clients) client->say_good_bye();
+    const auto end = deadline_in(kGoodByeMax);
+    while (!in.clients.empty() && Clock::now() < end) {
+        const uint64_t before = in.activity();
+        co_await sleep_for(kGoodByeLook);
+        const bool busy = std::ranges::any_of(in.clients, [](const Connection* c) { return c->busy(); });
+        if (!busy && in.activity() == before) break;
+    }
+}
+
+Task<void> Server::stop() {
+    Impl& in = *impl_;
+    if (in.state != Impl::State::kRunning && in.state != Impl::State::kStopping) co_return;
+    in.close_listeners();
     for (Connection* client : in.clients) client->cut();
     co_await in.scope.join();
-    for (const auto& listener : in.listeners) Loop::current().forget_fd(listener->socket.fd());
     in.listeners.clear();
     in.options = {};
     in.state = Impl::State::kStopped;
@@ -238,7 +272,20 @@ std::vector<std::string> Server::uris() const {
 
 size_t Server::connections() const { return impl_->clients.size(); }
 
-void set_process_server(Server* server) { the_process_server = server; }
-Server* process_server() { return the_process_server; }
+json::object Server::details() const {
+    const Impl& in = *impl_;
+    json::array addresses, names, clients;
+    for (const auto& listener : in.listeners) addresses.push_back(json::value(listener->socket.uri("")));
+    for (const auto& [name, e] : in.exports) names.push_back(json::value(name));
+    for (const Connection* client : in.clients) clients.push_back(client->details());
+    json::object info;
+    if (!in.id.empty()) info["id"] = in.id;
+    info["addresses"] = std::move(addresses);
+    info["max-connections"] = in.options.max_connections;
+    info["handshake-max-seconds"] = in.options.handshake_max.count();
+    info["exports"] = std::move(names);
+    info["clients"] = std::move(clients);
+    return info;
+}
 
 }  // namespace gantry::nbd

@@ -16,9 +16,9 @@ constexpr int kQemuMajor = 7;
 constexpr int kQemuMinor = 2;
 constexpr int kQemuMicro = 22;
 
-std::array<std::span<const HandlerRow>, 8> tables() {
-    return {misc_handlers(),  block_handlers(),  bitmap_handlers(), create_handlers(),
-            image_handlers(), export_handlers(), job_handlers(),    object_handlers()};
+std::array<std::span<const HandlerRow>, 9> tables() {
+    return {misc_handlers(),   block_handlers(), bitmap_handlers(), create_handlers(), image_handlers(),
+            export_handlers(), job_handlers(),   object_handlers(), fd_handlers()};
 }
 
 }  // namespace

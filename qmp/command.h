@@ -31,6 +31,7 @@ std::span<const HandlerRow> image_handlers();
 std::span<const HandlerRow> export_handlers();
 std::span<const HandlerRow> job_handlers();
 std::span<const HandlerRow> object_handlers();
+std::span<const HandlerRow> fd_handlers();
 
 /// Null when no table has it.
 Handler find_handler(std::string_view name);

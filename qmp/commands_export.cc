@@ -1,14 +1,19 @@
-// block-export-add/del, query-block-exports, nbd-server-start/stop.
+// block-export-add/del, query-block-exports, nbd-server-start/stop/add/remove, query-nbd-servers.
 
 #include "qmp/command.h"
 #include "qmp/nbd_options.h"
 
 namespace gantry::qmp {
 
-nbd::ServerOptions nbd_server_options(const Services& services, const json::object& arguments) {
+Result<nbd::ServerOptions> nbd_server_options(const Services& services, const json::object& arguments) {
     schema::Options options(arguments);
     nbd::ServerOptions out;
-    out.address = options.object("addr");
+    const json::value& addr = *options.find("addr");
+    json::array addresses = addr.is_array() ? addr.get_array() : json::array{addr};
+    if (addresses.empty()) return fail(ErrorKind::kInvalid, "Parameter 'addr' expects at least one address");
+    out.address = addresses.front().get_object();
+    addresses.erase(addresses.begin());
+    out.more_addresses = std::move(addresses);
     out.max_connections = static_cast<uint32_t>(options.size("max-connections", out.max_connections));
     out.handshake_max = std::chrono::seconds(options.integer("handshake-max-seconds", out.handshake_max.count()));
     out.resolve_fd = services.resolve_fd;
@@ -18,15 +23,47 @@ nbd::ServerOptions nbd_server_options(const Services& services, const json::obje
 namespace {
 
 Task<Result<json::value>> nbd_server_start(Services& services, json::object arguments) {
-    nbd::ServerOptions options = nbd_server_options(services, arguments);
-    co_return done(co_await services.nbd_server.start(std::move(options)));
+    CO_TRY(nbd::ServerOptions options, nbd_server_options(services, arguments));
+    const std::string id = schema::Options(arguments).str("id");
+    co_return done(co_await services.nbd_servers.start(id, std::move(options)));
 }
 
-Task<Result<json::value>> nbd_server_stop(Services& services, json::object) {
-    if (!services.nbd_server.running()) co_return fail(ErrorKind::kInvalid, "NBD server not running");
-    co_await services.exports.remove_all("nbd");
-    co_await services.nbd_server.stop();
-    co_return json::value(json::object());
+Task<Result<json::value>> nbd_server_stop(Services& services, json::object arguments) {
+    const std::string id = schema::Options(arguments).str("id");
+    co_return done(co_await services.nbd_servers.stop(id, services.exports));
+}
+
+// The old way to export: the name is the id, and a node that cannot be written is exported for reading.
+Task<Result<json::value>> nbd_server_add(Services& services, json::object arguments) {
+    const schema::Options options(arguments);
+    const std::string device = options.str("device");
+    const std::string name = options.str("name", device);
+    const block::Node* node = services.graph.find(device);
+    if (!node) {
+        co_return fail(ErrorKind::kNotFound, "Cannot find device='{}' nor node-name='{}'", device, device);
+    }
+    const bool writable = options.flag("writable") && (!node->read_only() || node->flags().auto_read_only);
+    json::object e{{"type", "nbd"}, {"id", name}, {"node-name", device}, {"writable", writable}, {"name", name}};
+    if (options.has("description")) e["description"] = options.str("description");
+    if (options.has("bitmap")) e["bitmaps"] = json::array{options.str("bitmap")};
+    co_return done(co_await services.exports.add(std::move(e)));
+}
+
+Task<Result<json::value>> nbd_server_remove(Services& services, json::object arguments) {
+    const schema::Options options(arguments);
+    const std::string id = options.str("name");
+    const exports::Export* found = services.exports.find(id);
+    if (found && found->type() != "nbd") {
+        co_return fail(ErrorKind::kInvalid, "Block export '{}' is not an NBD export", id);
+    }
+    const auto mode = options.str("mode", "safe") == "hard" ? exports::RemoveMode::kHard : exports::RemoveMode::kSafe;
+    co_return done(services.exports.remove(id, mode));
+}
+
+Task<Result<json::value>> query_nbd_servers(Services& services, json::object) {
+    json::array list;
+    for (const nbd::Server* server : services.nbd_servers.running()) list.push_back(server->details());
+    co_return json::value(std::move(list));
 }
 
 Task<Result<json::value>> block_export_add(Services& services, json::object arguments) {
@@ -53,7 +90,8 @@ Task<Result<json::value>> query_block_exports(Services& services, json::object) 
 constexpr HandlerRow kHandlers[] = {
     {"nbd-server-start", nbd_server_start},       {"nbd-server-stop", nbd_server_stop},
     {"block-export-add", block_export_add},       {"block-export-del", block_export_del},
-    {"query-block-exports", query_block_exports},
+    {"query-block-exports", query_block_exports}, {"nbd-server-add", nbd_server_add},
+    {"nbd-server-remove", nbd_server_remove},     {"query-nbd-servers", query_nbd_servers},
 };
 
 }  // namespace

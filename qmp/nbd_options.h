@@ -8,7 +8,7 @@
 
 namespace gantry::qmp {
 
-/// `arguments` is validated; the address is flat.
-nbd::ServerOptions nbd_server_options(const Services& services, const json::object& arguments);
+/// `arguments` is validated; the addresses are flat.
+Result<nbd::ServerOptions> nbd_server_options(const Services& services, const json::object& arguments);
 
 }  // namespace gantry::qmp

@@ -1,9 +1,11 @@
 #include "qmp/session.h"
 
 #include <poll.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include <array>
+#include <cstring>
 
 #include "qmp/command.h"
 #include "qmp/monitor.h"
@@ -19,6 +21,7 @@ namespace {
 
 constexpr size_t kMaxQueuedRequests = 8;               // then we stop reading, as the reference does
 constexpr size_t kPauseAtOutput = size_t{1} << 20;     // then nothing more is executed until the client has read
+constexpr size_t kMaxPassed = 16;                      // descriptors of one message; the kernel closes what is more
 constexpr size_t kMaxQueuedOutput = size_t{64} << 20;  // events alone can get here: the client is dropped
 
 std::string_view class_name(QmpClass c) {
@@ -37,6 +40,21 @@ std::string_view class_name(QmpClass c) {
     return "GenericError";
 }
 
+/// The descriptors of a message, instead of those that nobody has asked for.
+void take_passed(msghdr& message, std::vector<UniqueFd>& arrived) {
+    std::vector<UniqueFd> came;
+    for (cmsghdr* c = CMSG_FIRSTHDR(&message); c; c = CMSG_NXTHDR(&message, c)) {
+        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
+        const size_t count = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+        for (size_t i = 0; i < count; i++) {
+            int fd;
+            std::memcpy(&fd, CMSG_DATA(c) + i * sizeof fd, sizeof fd);
+            came.emplace_back(fd);
+        }
+    }
+    if (!came.empty()) arrived = std::move(came);
+}
+
 std::unexpected<Error> not_found(std::string text) {
     return std::unexpected(Error(ErrorKind::kNotFound, std::move(text)).with_class(QmpClass::kCommandNotFound));
 }
@@ -44,7 +62,13 @@ std::unexpected<Error> not_found(std::string text) {
 }  // namespace
 
 Session::Session(Services& services, int in, int out, bool pretty)
-    : services_(services), in_(in), out_(out), pretty_(pretty) {}
+    : services_(services), in_(in), out_(out), pretty_(pretty) {
+    services_.descriptors = &descriptors_;
+    services_.resolve_fd = [this, shared = services.resolve_fd](std::string_view name) -> Result<UniqueFd> {
+        if (UniqueFd own = descriptors_.take(name)) return own;
+        return shared(name);
+    };
+}
 
 Session::~Session() = default;
 
@@ -70,8 +94,8 @@ Task<void> Session::read_input() {
         int events = co_await wait;
         input_wait_ = nullptr;
         if (events < 0 || closing_) break;
-        ssize_t n = ::read(in_, chunk->data(), chunk->size());
-        if (n < 0 && (errno == EAGAIN || errno == EINTR)) continue;
+        const ssize_t n = receive(*chunk);
+        if (n == -EAGAIN || n == -EINTR) continue;
         if (n <= 0) break;
         reader_.feed(std::string_view(chunk->data(), static_cast<size_t>(n)));
         while (!closing_) {
@@ -84,6 +108,27 @@ Task<void> Session::read_input() {
         while (queued_bytes() > kPauseAtOutput && !closing_) co_await output_consumed_.wait();
         co_await sleep_for(std::chrono::nanoseconds(0));
     }
+}
+
+ssize_t Session::receive(std::span<char> into) {
+    if (in_is_socket_) {
+        iovec iov{into.data(), into.size()};
+        alignas(cmsghdr) char control[CMSG_SPACE(kMaxPassed * sizeof(int))];
+        msghdr message{};
+        message.msg_iov = &iov;
+        message.msg_iovlen = 1;
+        message.msg_control = control;
+        message.msg_controllen = sizeof control;
+        const ssize_t n = ::recvmsg(in_, &message, MSG_CMSG_CLOEXEC);
+        if (n >= 0) {
+            take_passed(message, arrived_);
+            return n;
+        }
+        if (errno != ENOTSOCK) return -errno;
+        in_is_socket_ = false;
+    }
+    const ssize_t n = ::read(in_, into.data(), into.size());
+    return n < 0 ? -errno : n;
 }
 
 void Session::handle_message(Result<json::value> message) {
@@ -110,6 +155,10 @@ void Session::handle_message(Result<json::value> message) {
             reply_error(request, not_found(fmt::format("The command {} has not been found", request.name)).error());
         }
         return;
+    }
+    if (!arrived_.empty() && (request.name == "getfd" || request.name == "add-fd")) {
+        request.passed = std::move(arrived_.front());
+        arrived_.clear();
     }
     requests_.push_back(std::move(request));
     requests_changed_.notify_all();
@@ -174,7 +223,9 @@ Task<void> Session::execute_one(Request request) {
         reply(request, not_found("Expecting capabilities negotiation with 'qmp_capabilities'"));
         co_return;
     }
+    descriptors_.passed = std::move(request.passed);
     Result<json::value> result = co_await execute(services_, request.name, std::move(request.arguments));
+    descriptors_.passed.reset();
     reply(request, std::move(result));
 }
 

@@ -4,9 +4,12 @@
 
 #include <deque>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
+#include "qmp/descriptors.h"
 #include "qmp/services.h"
 #include "runtime/io.h"
 #include "runtime/sync.h"
@@ -40,9 +43,12 @@ class Session {
         json::value id;
         bool has_id = false;
         std::optional<Error> malformed;  // answered in its turn, like a command
+        UniqueFd passed;                 // came with it
     };
 
     Task<void> read_input();
+    /// read(2), or recvmsg(2) on a unix socket, where descriptors may come along. -errno.
+    ssize_t receive(std::span<char> into);
     Task<void> execute_requests();
     Task<void> write_output();
     /// Writes chunk_; false when the client is gone or close() was called and it takes no more.
@@ -57,8 +63,11 @@ class Session {
     void queue_line(const json::object& line);
     size_t queued_bytes() const { return output_.size() + chunk_.size(); }
 
-    Services& services_;
+    MonitorDescriptors descriptors_;
+    std::vector<UniqueFd> arrived_;  // with the last message that brought some; for the next command that takes one
+    Services services_;              // with descriptors_
     int in_;
+    bool in_is_socket_ = true;
     int out_;
     bool pretty_;
     bool negotiated_ = false;

@@ -5,9 +5,12 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
+
+#include <linux/vm_sockets.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -58,6 +61,11 @@ std::string address_text(const sockaddr_storage& address) {
         ::inet_ntop(AF_INET6, &in.sin6_addr, text, sizeof text);
         return fmt::format("[{}]:{}", text, ntohs(in.sin6_port));
     }
+    if (address.ss_family == AF_VSOCK) {
+        sockaddr_vm vm;
+        std::memcpy(&vm, &address, sizeof vm);
+        return fmt::format("vsock:{}:{}", vm.svm_cid, vm.svm_port);
+    }
     return "unknown";
 }
 
@@ -69,8 +77,8 @@ Result<> check_stream_socket(int fd) {
         return fail(ErrorKind::kInvalid, "file descriptor {} is not a stream socket", fd);
     }
     const int domain = get_int(fd, SOL_SOCKET, SO_DOMAIN);
-    if (domain != AF_UNIX && domain != AF_INET && domain != AF_INET6) {
-        return fail(ErrorKind::kInvalid, "file descriptor {} is neither a unix nor an internet socket", fd);
+    if (domain != AF_UNIX && domain != AF_INET && domain != AF_INET6 && domain != AF_VSOCK) {
+        return fail(ErrorKind::kInvalid, "file descriptor {} is neither a unix nor an internet nor a vsock socket", fd);
     }
     return {};
 }
@@ -112,6 +120,14 @@ std::string peer_name(int fd) {
     len = sizeof peer;
     if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) != 0) return "unix";
     return fmt::format("unix:pid={},uid={}", peer.pid, peer.uid);
+}
+
+std::optional<PeerCredentials> peer_credentials(int fd) {
+    if (get_int(fd, SOL_SOCKET, SO_DOMAIN) != AF_UNIX) return std::nullopt;
+    ucred peer{};
+    socklen_t len = sizeof peer;
+    if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) != 0) return std::nullopt;
+    return PeerCredentials{peer.pid, peer.uid, peer.gid};
 }
 
 std::string local_name(int fd) {

@@ -36,6 +36,7 @@ class SocketFile {
 struct InetFamilies {
     std::optional<bool> ipv4;
     std::optional<bool> ipv6;
+    bool numeric = false;  // host and port are numbers; nobody is asked for names
 };
 
 inline constexpr int kListenBacklog = 128;
@@ -45,13 +46,22 @@ inline constexpr int kListenBacklog = 128;
 /// A listening unix socket at `path`, with exactly the permissions `mode` (0: what the umask leaves). A socket file
 /// that nobody listens on is replaced; a live socket (kBusy) and any other file (kExists) are left alone. Blocks
 /// briefly; any thread.
-Result<UniqueFd> listen_unix(const std::string& path, mode_t mode = 0, int backlog = kListenBacklog);
+/// `group`: the file belongs to it from the moment on that anybody may connect.
+Result<UniqueFd> listen_unix(const std::string& path, mode_t mode = 0, int backlog = kListenBacklog,
+                             std::optional<gid_t> group = {});
 
 /// Listening TCP sockets, one for each address of `host` (empty: every address of this machine). `port` is a number or
 /// a service name; "0" picks one free port for all of them. kBusy when the port is taken. Own loop; names are looked up
 /// on the pool.
 Task<Result<std::vector<UniqueFd>>> listen_inet(std::string host, std::string port, InetFamilies families = {},
                                                 int backlog = kListenBacklog);
+
+/// A listening vsock socket. `cid`: a number, or "" or "-1" for any; `port`: a number, "-1" for a free one. kInvalid
+/// for what is no number, kUnsupported where the kernel has no vsock.
+Result<UniqueFd> listen_vsock(const std::string& cid, const std::string& port, int backlog = kListenBacklog);
+
+/// Connects to a vsock listener (2 is the host, 1 this machine). `timeout` 0: as long as it takes.
+Task<Result<UniqueFd>> connect_vsock(std::string cid, std::string port, std::chrono::nanoseconds timeout = {});
 
 /// Connects to the listener at `path`. `timeout` 0: as long as it takes. kTimedOut, kNotFound, kIo (refused),
 /// kPermission.
@@ -76,15 +86,23 @@ Result<> set_keepalive(int fd, bool on = true, Keepalive probes = {});
 /// SO_SNDBUF/SO_RCVBUF, as far as the system's limits allow.
 void set_buffer_sizes(int fd, int bytes);
 
-/// Who is at the other end, for logs and query-*: "unix:pid=12,uid=0", "1.2.3.4:567", "[::1]:567"; "unknown" when it
-/// cannot be said. Never fails.
+/// Who is at the other end, for logs and query-*: "unix:pid=12,uid=0", "1.2.3.4:567", "[::1]:567", "vsock:3:567";
+/// "unknown" when it cannot be said. Never fails.
 std::string peer_name(int fd);
+/// The process that connected a unix socket, as it was then; nothing for other sockets, and pid 0 for one of another
+/// pid namespace.
+struct PeerCredentials {
+    pid_t pid = 0;
+    uid_t uid = 0;
+    gid_t gid = 0;
+};
+std::optional<PeerCredentials> peer_credentials(int fd);
 /// The own address in the same form ("unix:/run/x.sock" for a unix socket).
 std::string local_name(int fd);
 /// The TCP port a socket is bound to; kInvalid for other sockets.
 Result<uint16_t> local_port(int fd);
 
-/// What `fd`, handed to us from outside, must be: a listening stream socket of the families unix, IPv4 or IPv6.
+/// What `fd`, handed to us from outside, must be: a listening stream socket of the families unix, IPv4, IPv6 or vsock.
 /// kInvalid with the reason otherwise. Changes nothing.
 Result<> check_listening_socket(int fd);
 /// The same for a connected stream socket.

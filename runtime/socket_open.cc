@@ -7,8 +7,11 @@
 #include <sys/stat.h>
 #include <sys/un.h>
 
+#include <linux/vm_sockets.h>
+
 #include <algorithm>
 #include <cerrno>
+#include <charconv>
 #include <cstring>
 #include <optional>
 
@@ -31,6 +34,28 @@ struct Address {
         return length == o.length && std::memcmp(&storage, &o.storage, length) == 0;
     }
 };
+
+/// Of vsock: a decimal number, or "-1" for any.
+Result<unsigned> vsock_number(const std::string& text, std::string_view what) {
+    if (text == "-1") return VMADDR_CID_ANY;
+    unsigned value = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (error != std::errc() || end != text.data() + text.size()) {
+        return fail(ErrorKind::kInvalid, "vsock {} '{}' is not a number from 0 to 4294967295", what, text);
+    }
+    return value;
+}
+
+Result<Address> vsock_address(const std::string& cid, const std::string& port) {
+    sockaddr_vm vm{};
+    vm.svm_family = AF_VSOCK;
+    TRY(vm.svm_cid, vsock_number(cid.empty() ? "-1" : cid, "cid"));
+    TRY(vm.svm_port, vsock_number(port, "port"));
+    Address a;
+    std::memcpy(&a.storage, &vm, sizeof vm);
+    a.length = sizeof vm;
+    return a;
+}
 
 Result<UniqueFd> stream_socket(int family) {
     UniqueFd fd(::socket(family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
@@ -94,7 +119,7 @@ Result<> remove_stale(const std::string& path, const Address& address) {
 Result<std::vector<Address>> look_up(std::string host, std::string port, InetFamilies families, bool passive) {
     addrinfo hints{};
     hints.ai_socktype = SOCK_STREAM;
-    hints.ai_flags = passive ? AI_PASSIVE : 0;
+    hints.ai_flags = (passive ? AI_PASSIVE : 0) | (families.numeric ? AI_NUMERICHOST | AI_NUMERICSERV : 0);
     const bool v4 = families.ipv4.value_or(!families.ipv6.value_or(false));
     const bool v6 = families.ipv6.value_or(!families.ipv4.value_or(false));
     if (!v4 && !v6) return fail(ErrorKind::kInvalid, "address '{}:{}': both ipv4 and ipv6 are off", host, port);
@@ -204,26 +229,26 @@ Clock::time_point deadline_after(std::chrono::nanoseconds timeout) {
 
 }  // namespace
 
-Result<UniqueFd> listen_unix(const std::string& path, mode_t mode, int backlog) {
+Result<UniqueFd> listen_unix(const std::string& path, mode_t mode, int backlog, std::optional<gid_t> group) {
     TRY(const Address address, unix_address(path));
     CHECK_OK(remove_stale(path, address));
     TRY(UniqueFd fd, stream_socket(AF_UNIX));
-    // The file never has more permissions than asked for: bind() takes the socket's mode less the umask.
-    if (mode != 0 && ::fchmod(fd.get(), mode) != 0)
+    // The file never has more permissions than asked for: bind() takes the socket's mode less the umask. Whose group it
+    // is, is not said yet.
+    const mode_t first = mode != 0 && group ? mode & 0700 : mode;
+    if (mode != 0 && ::fchmod(fd.get(), first) != 0)
         return fail_errno(errno, "cannot set the mode of socket '{}'", path);
     if (::bind(fd.get(), address.get(), address.length) != 0) {
         return fail_errno(errno, "Failed to bind socket to {}", path);
     }
-    if (mode != 0 && ::chmod(path.c_str(), mode) != 0) {
+    const auto give_up = [&](std::string_view what) {
         const int e = errno;
         ::unlink(path.c_str());
-        return fail_errno(e, "cannot set the mode of socket '{}'", path);
-    }
-    if (::listen(fd.get(), backlog) != 0) {
-        const int e = errno;
-        ::unlink(path.c_str());
-        return fail_errno(e, "cannot listen on socket '{}'", path);
-    }
+        return fail_errno(e, "cannot {} socket '{}'", what, path);
+    };
+    if (group && ::lchown(path.c_str(), static_cast<uid_t>(-1), *group) != 0) return give_up("set the group of");
+    if (mode != 0 && ::chmod(path.c_str(), mode) != 0) return give_up("set the mode of");
+    if (::listen(fd.get(), backlog) != 0) return give_up("listen on");
     return fd;
 }
 
@@ -236,6 +261,25 @@ Task<Result<std::vector<UniqueFd>>> listen_inet(std::string host, std::string po
         auto sockets = listen_at_all(addresses, backlog, text, &taken);
         if (sockets || !taken || attempt == 16) co_return sockets;
     }
+}
+
+Result<UniqueFd> listen_vsock(const std::string& cid, const std::string& port, int backlog) {
+    TRY(const Address address, vsock_address(cid, port));
+    auto fd = stream_socket(AF_VSOCK);
+    if (!fd) return fail(ErrorKind::kUnsupported, "vsock:{}:{}: this kernel has no vsock sockets", cid, port);
+    if (::bind(fd->get(), address.get(), address.length) != 0 || ::listen(fd->get(), backlog) != 0) {
+        return fail_errno(errno, "cannot listen on vsock:{}:{}", cid, port);
+    }
+    return fd;
+}
+
+Task<Result<UniqueFd>> connect_vsock(std::string cid, std::string port, std::chrono::nanoseconds timeout) {
+    CO_TRY(const Address address, vsock_address(cid, port));
+    auto fd = stream_socket(AF_VSOCK);
+    if (!fd) co_return fail(ErrorKind::kUnsupported, "vsock:{}:{}: this kernel has no vsock sockets", cid, port);
+    const int result = co_await connect_until(fd->get(), &address, deadline_after(timeout));
+    if (result < 0) co_return fail_errno(-result, "Failed to connect to vsock:{}:{}", cid, port);
+    co_return fd;
 }
 
 Task<Result<UniqueFd>> connect_unix(std::string path, std::chrono::nanoseconds timeout) {

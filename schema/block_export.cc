@@ -29,7 +29,6 @@ constexpr Branch kIothreadsBranches[] = {
 constinit const Type kIothreads =
     alternate_type("BlockExportIothreads", "An iothread, or several that share the connections.", kIothreadsBranches);
 
-constexpr std::string_view kNoBitmaps = "not in this build: dirty bitmaps are not built";
 constexpr std::string_view kNoTls = "not in this build: TLS is not built";
 
 constexpr Member kNbdBaseMembers[] = {
@@ -38,12 +37,16 @@ constexpr Member kNbdBaseMembers[] = {
 };
 constinit const Type kNbdBase =
     struct_type("BlockExportOptionsNbdBase", "What clients see of an NBD export.", kNbdBaseMembers);
-constexpr Absent kNbdAbsent[] = {
-    {"bitmaps", kNoBitmaps},
-    {"allocation-depth", "not in this build: the context qemu:allocation-depth is not built"},
+constexpr Member kNbdMembers[] = {
+    optional(
+        "bitmaps", kBlockDirtyBitmapOrStrList, "",
+        "dirty bitmaps that clients see as qemu:dirty-bitmap:NAME; a name alone is searched for from the node down "
+        "through filters and backing files"),
+    optional("allocation-depth", kBool, "off", "clients see which layer holds what, as qemu:allocation-depth"),
+    optional("server", kStr, "", "id of the NBD server that offers it; empty: the one without an id"),
 };
 constinit const Type kNbdOptions =
-    derived_type("BlockExportOptionsNbd", "A network block device.", kNbdBase, {}, kNbdAbsent);
+    derived_type("BlockExportOptionsNbd", "A network block device.", kNbdBase, kNbdMembers);
 
 }  // namespace
 
@@ -85,7 +88,17 @@ constinit const Type kExportInfoList = array_of(kExportInfo);
 
 // --- the server
 
-constexpr Member server_address(const Type& type) { return required("addr", type, "where to listen"); }
+constinit const Type kAddressList = array_of(kSocketAddressLegacy);
+constexpr Branch kAddressesBranches[] = {
+    {"single", &kSocketAddressLegacy},
+    {"multi", &kAddressList},
+};
+constinit const Type kServerAddresses =
+    alternate_type("NbdServerAddresses", "Where an NBD server listens: one address, or several.", kAddressesBranches);
+constexpr Member kServerAddress = required("addr", kServerAddresses, "where to listen; a list: at each of them");
+constexpr Member kServerId = optional("id", kStr, "",
+                                      "name of a further server, for the option 'server' of exports; empty: the server "
+                                      "of exports that name none");
 constexpr Member kMaxConnections =
     optional("max-connections", kUint32, "100", "clients served at the same time, others wait; 0: no limit");
 constexpr Member kHandshakeSeconds = optional("handshake-max-seconds", kUint32, "10",
@@ -94,15 +107,63 @@ constexpr Absent kServerAbsent[] = {
     {"tls-creds", kNoTls},
     {"tls-authz", kNoTls},
 };
-constexpr Member kServerMembers[] = {server_address(kSocketAddress), kHandshakeSeconds, kMaxConnections};
-constinit const Type kServerOptions =
-    struct_type("NbdServerOptions", "The NBD server of the process.", kServerMembers, kServerAbsent);
-constexpr Member kServerStartMembers[] = {server_address(kSocketAddressLegacy), kHandshakeSeconds, kMaxConnections};
+constexpr Member kServerMembers[] = {kServerAddress, kServerId, kHandshakeSeconds, kMaxConnections};
+constinit const Type kServerOptions = struct_type("NbdServerOptions", "An NBD server.", kServerMembers, kServerAbsent);
+constexpr Member kServerStartMembers[] = {kServerAddress, kServerId, kHandshakeSeconds, kMaxConnections};
 constinit const Type kServerStartArguments = struct_type("", "", kServerStartMembers, kServerAbsent);
 
+constexpr Member kServerStopMembers[] = {
+    optional("id", kStr, "", "the server; empty: the one without an id"),
+};
+constinit const Type kServerStopArguments = struct_type("", "", kServerStopMembers);
+
+constexpr Member kServerAddMembers[] = {
+    required("device", kStr, "the node"),
+    optional("writable", kBool, "off", "clients may write, if the node can be written"),
+    optional("bitmap", kStr, "", "a dirty bitmap that clients see"),
+};
+constinit const Type kServerAddArguments = derived_type("NbdServerAddOptions", "", kNbdBase, kServerAddMembers);
+constexpr Member kServerRemoveMembers[] = {
+    required("name", kStr, "id of the export"),
+    optional("mode", kRemoveMode, "safe", "what becomes of clients"),
+};
+constinit const Type kServerRemoveArguments = struct_type("", "", kServerRemoveMembers);
+
+constexpr Member kClientMembers[] = {
+    required("address", kStr, "where it connected from"),
+    optional("export", kStr, "", "id of the export that it uses; absent in the handshake"),
+    optional("name", kStr, "", "what it calls the export"),
+    optional("tls-subject", kStr, "", "distinguished name in its certificate, or its PSK identity"),
+    optional("pid", kInt, "", "on a unix socket: the process that connected, 0 when it is of another pid namespace"),
+    optional("uid", kInt, "", "on a unix socket: its user"),
+    optional("gid", kInt, "", "on a unix socket: its group"),
+    required("requests", kUint64, "received so far"),
+    required("bytes-read", kUint64, "sent to it by READ"),
+    required("bytes-written", kUint64, "received from it by WRITE"),
+    required("in-flight", kUint32, "requests that are not answered yet"),
+    required("seconds", kInt, "since it connected"),
+};
+constinit const Type kClientInfo = struct_type("NbdClientInfo", "A client of an NBD server.", kClientMembers);
+constinit const Type kClientInfoList = array_of(kClientInfo);
+constexpr Member kServerInfoMembers[] = {
+    optional("id", kStr, "", "its name; absent: the server of exports that name none"),
+    required("addresses", kStrList, "URIs of the default export at each of its addresses"),
+    required("max-connections", kUint32, "clients served at the same time; 0: no limit"),
+    required("handshake-max-seconds", kUint32, "time for a client to choose an export; 0: no limit"),
+    required("exports", kStrList, "names of what it offers"),
+    required("clients", kClientInfoList, "who is connected, in the order of their coming"),
+};
+constinit const Type kServerInfo = struct_type("NbdServerInfo", "A running NBD server.", kServerInfoMembers);
+constinit const Type kServerInfoList = array_of(kServerInfo);
+
 constexpr Command kCommands[] = {
-    {"nbd-server-start", &kServerStartArguments, nullptr, "Starts the NBD server of the process."},
-    {"nbd-server-stop", nullptr, nullptr, "Removes all NBD exports and stops the server."},
+    {"nbd-server-start", &kServerStartArguments, nullptr, "Starts an NBD server."},
+    {"nbd-server-stop", &kServerStopArguments, nullptr, "Removes the exports of an NBD server and stops it."},
+    {"nbd-server-add", &kServerAddArguments, nullptr, "Exports a node by NBD; block-export-add does it, too.",
+     kDeprecated},
+    {"nbd-server-remove", &kServerRemoveArguments, nullptr, "Begins to remove an export, as block-export-del does.",
+     kDeprecated},
+    {"query-nbd-servers", nullptr, &kServerInfoList, "Lists the running NBD servers with their clients."},
     {"block-export-add", &kExportOptions, nullptr, "Offers a node to others."},
     {"block-export-del", &kExportDelArguments, nullptr,
      "Begins to remove an export; BLOCK_EXPORT_DELETED tells when it is gone."},
@@ -116,8 +177,9 @@ constexpr Event kEvents[] = {
 };
 
 constexpr const Type* kTypes[] = {
-    &kBlockExportType, &kRemoveMode,    &kIothreads,  &kNbdBase,
-    &kNbdOptions,      &kExportOptions, &kExportInfo, &kServerOptions,
+    &kBlockExportType, &kRemoveMode,         &kIothreads,  &kNbdBase,
+    &kNbdOptions,      &kExportOptions,      &kExportInfo, &kServerOptions,
+    &kServerAddresses, &kServerAddArguments, &kClientInfo, &kServerInfo,
 };
 
 }  // namespace

@@ -12,9 +12,9 @@ namespace gantry::schema {
 namespace {
 
 constexpr const Module* kModules[] = {
-    &kCommonModule,      &kSocketsModule,     &kBlockCoreModule,  &kBlockInfoModule, &kBlockBitmapModule,
-    &kBlockExportModule, &kBlockCreateModule, &kBlockImageModule, &kJobModule,       &kQomModule,
-    &kCryptoModule,      &kControlModule,     &kMiscModule,
+    &kCommonModule,      &kSocketsModule,     &kBlockCoreModule,  &kBlockInfoModule,   &kBlockBitmapModule,
+    &kBlockExportModule, &kBlockCreateModule, &kBlockImageModule, &kJobModule,         &kQomModule,
+    &kCryptoModule,      &kControlModule,     &kMiscModule,       &kDescriptorsModule,
 };
 
 /// The modules by name, put together on first use and constant from then on.

@@ -26,6 +26,7 @@ extern const Module kCryptoModule;
 extern const Module kQomModule;
 extern const Module kControlModule;
 extern const Module kMiscModule;
+extern const Module kDescriptorsModule;
 
 // common.cc
 extern const Type kStr;

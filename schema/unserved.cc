@@ -13,23 +13,19 @@ constexpr std::string_view kBlockJobs =
     "not in this build: there is no block job to steer; jobs have job-* and query-jobs";
 constexpr std::string_view kSnapshots = "not in this build: snapshots and transactions are not built";
 constexpr std::string_view kNodes = "not in this build: it is not built";
-constexpr std::string_view kUseExportAdd = "not in this build: use block-export-add";
-constexpr std::string_view kUseExportDel = "not in this build: use block-export-del";
 constexpr std::string_view kPasswd = "not in this build: use a secret object and the option encrypt.key-secret";
 constexpr std::string_view kThrottle = "not in this build: throttling is not built";
 constexpr std::string_view kMedia =
     "not in this build: there are no devices with media; use blockdev-add and blockdev-del";
 constexpr std::string_view kQom = "not in this build: object properties are not built; use query-iothreads";
 constexpr std::string_view kChardevs = "not in this build: character devices are made on the command line only";
-constexpr std::string_view kDescriptors = "not in this build: passing descriptors is not built";
 constexpr std::string_view kHuman = "not in this build: commands for people are not built";
 constexpr std::string_view kQueries = "not in this build: it is not built";
 constexpr std::string_view kMachine = "not in this build: there is no virtual machine";
 
 // Serving a command takes its line away; the tests hold the list against the tables.
 constexpr Absent kAbsentCommands[] = {
-    {"add-fd", kDescriptors},
-    {"add_client", kDescriptors},
+    {"add_client", kMachine},
     {"balloon", kMachine},
     {"block-commit", kCopyJobs},
     {"block-job-cancel", kBlockJobs},
@@ -65,7 +61,6 @@ constexpr Absent kAbsentCommands[] = {
     {"chardev-remove", kChardevs},
     {"chardev-send-break", kChardevs},
     {"client_migrate_info", kMachine},
-    {"closefd", kDescriptors},
     {"cont", kMachine},
     {"cpu", kMachine},
     {"cpu-add", kMachine},
@@ -77,7 +72,6 @@ constexpr Absent kAbsentCommands[] = {
     {"dump-guest-memory", kMachine},
     {"eject", kMedia},
     {"expire_password", kMachine},
-    {"getfd", kDescriptors},
     {"human-monitor-command", kHuman},
     {"inject-nmi", kMachine},
     {"memsave", kMachine},
@@ -89,8 +83,6 @@ constexpr Absent kAbsentCommands[] = {
     {"migrate_cancel", kMachine},
     {"migrate_set_downtime", kMachine},
     {"migrate_set_speed", kMachine},
-    {"nbd-server-add", kUseExportAdd},
-    {"nbd-server-remove", kUseExportDel},
     {"netdev_add", kMachine},
     {"netdev_del", kMachine},
     {"pmemsave", kMachine},
@@ -109,7 +101,6 @@ constexpr Absent kAbsentCommands[] = {
     {"query-cpu-definitions", kMachine},
     {"query-cpus", kMachine},
     {"query-dump-guest-memory-capability", kMachine},
-    {"query-fdsets", kDescriptors},
     {"query-kvm", kMachine},
     {"query-machines", kMachine},
     {"query-memdev", kMachine},
@@ -130,7 +121,6 @@ constexpr Absent kAbsentCommands[] = {
     {"query-uuid", kQueries},
     {"query-vnc", kMachine},
     {"query-vnc-servers", kMachine},
-    {"remove-fd", kDescriptors},
     {"ringbuf-read", kChardevs},
     {"ringbuf-write", kChardevs},
     {"rtc-reset-reinjection", kMachine},

@@ -109,6 +109,7 @@ void FileNode::take_mode(const OpenedFile& file) {
     attributes_.request_alignment = file.request_alignment;
     attributes_.memory_alignment = file.memory_alignment;
     attributes_.block_size = file.block_size;
+    attributes_.fd_set_use = file.fd_set_use;
     direct_.store(file.direct, std::memory_order_relaxed);
     writable_.store(file.writable, std::memory_order_relaxed);
     set_read_only(mode_.read_only || never_writable_);

@@ -10,6 +10,7 @@
 #include <cerrno>
 
 #include "block/protocols/file_alignment.h"
+#include "runtime/fd_sets.h"
 
 namespace gantry::block {
 
@@ -41,6 +42,10 @@ std::string open_hint(const OpenRequest& rq, int e) {
 }
 
 std::unexpected<Error> open_failed(const OpenRequest& rq, int e) {
+    if (FdSets::is_set(rq.filename)) {
+        auto again = FdSets::process().open(rq.filename, rq.write ? O_RDWR : O_RDONLY);
+        if (!again) return std::unexpected(std::move(again).error());
+    }
     const std::string hint = open_hint(rq, e);
     Error error = Error::from_errno(e, fmt::format("Could not open '{}'", rq.filename));
     if (hint.empty()) return std::unexpected(std::move(error));
@@ -77,7 +82,17 @@ int open_retrying(const char* path, int flags) {
 
 /// Opens what the request names; errno in the error's place. `again` goes through /proc, which also finds files without
 /// a name; where /proc is missing through the name, if that still is the same file.
-int open_raw(const OpenRequest& rq, int flags) {
+/// A descriptor out of a set is only ever duplicated: who passed it may open the file, we need not.
+int open_raw(const OpenRequest& rq, int flags, OpenedFile& out) {
+    if (FdSets::is_set(rq.filename)) {
+        auto opened = FdSets::process().open(rq.filename, flags);
+        if (!opened) {
+            errno = opened.error().errno_value();
+            return -1;
+        }
+        out.fd_set_use = std::move(opened->use);
+        return opened->fd.release();
+    }
     flags |= O_CLOEXEC | O_NONBLOCK | O_NOCTTY;
     if (rq.again < 0) return open_retrying(rq.filename.c_str(), flags);
     const int fd = open_retrying(fmt::format("/proc/self/fd/{}", rq.again).c_str(), flags);
@@ -100,7 +115,7 @@ Result<OpenedFile> open_mode(const OpenRequest& rq) {
     const int direct = rq.direct ? O_DIRECT : 0;
     int e = 0;
     if (rq.write) {
-        out.fd.reset(open_raw(rq, O_RDWR | direct));
+        out.fd.reset(open_raw(rq, O_RDWR | direct, out));
         e = errno;
         int read_only = 0;
         if (out.fd && rq.kind == FileKind::kBlockDevice && ::ioctl(out.fd.get(), BLKROGET, &read_only) == 0 &&
@@ -112,7 +127,7 @@ Result<OpenedFile> open_mode(const OpenRequest& rq) {
         out.never_writable = !out.fd && rq.read_only_if_must && is_access_error(e);
     }
     if (!rq.write || out.never_writable) {
-        out.fd.reset(open_raw(rq, O_RDONLY | direct));
+        out.fd.reset(open_raw(rq, O_RDONLY | direct, out));
         e = errno;
     }
     if (out.fd) return out;
@@ -151,7 +166,7 @@ Result<uint64_t> file_size(int fd, FileKind kind) {
 
 Result<OpenedFile> open_file(const OpenRequest& rq) {
     struct stat st;
-    if (rq.again < 0) {
+    if (rq.again < 0 && !FdSets::is_set(rq.filename)) {
         // Opening is an act for some devices and sockets; what is of the wrong kind is not even opened.
         if (::stat(rq.filename.c_str(), &st) < 0) return open_failed(rq, errno);
         CHECK_OK(check_kind(rq, st.st_mode));

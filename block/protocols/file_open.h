@@ -6,6 +6,7 @@
 #include <sys/types.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 
 #include "runtime/error.h"
@@ -18,8 +19,9 @@ enum class FileKind : uint8_t { kRegular, kBlockDevice };
 /// What is known about an open descriptor.
 struct OpenedFile {
     UniqueFd fd;
-    bool writable = false;  // opened O_RDWR
-    bool direct = false;    // opened O_DIRECT
+    std::shared_ptr<const void> fd_set_use;  // of a descriptor out of /dev/fdset/N
+    bool writable = false;                   // opened O_RDWR
+    bool direct = false;                     // opened O_DIRECT
     bool never_writable =
         false;          // asked for with `read_only_if_must` or `probe_write`: the file cannot be opened for writing
     uint64_t size = 0;  // bytes
@@ -40,7 +42,8 @@ struct OpenRequest {
 };
 
 /// Errors: "Could not open 'F': ..." with a hint, and the refusals of things that are not of `kind`. Never hangs on a
-/// FIFO, never creates or changes anything.
+/// FIFO, never creates or changes anything. "/dev/fdset/N" is a descriptor that was passed over the monitor
+/// (runtime/fd_sets.h), never a file.
 Result<OpenedFile> open_file(const OpenRequest& request);
 
 /// Could the file behind `fd` be opened for writing? Asked without doing it: closing a device that was open for writing

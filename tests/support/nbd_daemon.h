@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "exports/export.h"
-#include "nbd/server.h"
+#include "nbd/servers.h"
 #include "runtime/log.h"
 #include "runtime/task_scope.h"
 #include "tests/support/export_disk.h"
@@ -18,7 +18,7 @@
 
 namespace gantry::test {
 
-/// One at a time (process_server()). Calls come from the test's thread.
+/// One at a time (process_servers()). Calls come from the test's thread.
 class NbdDaemon {
     template <class T>
     struct Value;
@@ -66,7 +66,7 @@ class NbdDaemon {
 
     /// "" or the error's text.
     std::string start_server(nbd::ServerOptions options) {
-        return text(call([&] { return server_->start(options); }));
+        return text(call([&] { return servers_->main().start(options); }));
     }
     std::string start_server(uint32_t max_connections = 100,
                              std::chrono::seconds handshake = std::chrono::seconds(10)) {
@@ -77,7 +77,7 @@ class NbdDaemon {
         return start_server(options);
     }
     void stop_server() {
-        call([this] { return server_->stop(); });
+        call([this] { return servers_->main().stop(); });
     }
     std::string add_disk(json::object options) {
         options["driver"] = "memory";
@@ -114,7 +114,8 @@ class NbdDaemon {
     Runtime& runtime() { return *runtime_; }
     block::Graph& graph() { return *graph_; }
     exports::Registry& registry() { return *registry_; }
-    nbd::Server& server() { return *server_; }
+    nbd::Servers& servers() { return *servers_; }
+    nbd::Server& server() { return servers_->main(); }
     const TempDir& dir() const { return dir_; }
 
   private:
@@ -137,8 +138,8 @@ class NbdDaemon {
         static const block::Driver kDrivers[] = {kExportDiskDriver};
         scope_ = std::make_unique<TaskScope>();
         graph_ = std::make_unique<block::Graph>(*runtime_, kDrivers, nullptr);
-        server_ = std::make_unique<nbd::Server>(*runtime_);
-        nbd::set_process_server(server_.get());
+        servers_ = std::make_unique<nbd::Servers>(*runtime_);
+        nbd::set_process_servers(servers_.get());
         types_.push_back(nbd::kNbdExportType);
         registry_ = std::make_unique<exports::Registry>(*runtime_, *graph_, types_, [this](std::string_view id) {
             const std::lock_guard lock(m_);
@@ -147,15 +148,15 @@ class NbdDaemon {
         runtime_->main_loop().post([up] { up->set_value(); });
         runtime_->main_loop().run();
         registry_.reset();
-        server_.reset();
-        nbd::set_process_server(nullptr);
+        servers_.reset();
+        nbd::set_process_servers(nullptr);
         graph_.reset();
         scope_.reset();
         runtime_.reset();
     }
     Task<void> shut_down() {
         co_await registry_->remove_all();
-        co_await server_->stop();
+        co_await servers_->stop_all();
         co_await graph_->close_all();
     }
 
@@ -164,7 +165,7 @@ class NbdDaemon {
     std::unique_ptr<Runtime> runtime_;
     std::unique_ptr<TaskScope> scope_;
     std::unique_ptr<block::Graph> graph_;
-    std::unique_ptr<nbd::Server> server_;
+    std::unique_ptr<nbd::Servers> servers_;
     std::unique_ptr<exports::Registry> registry_;
     std::vector<exports::ExportType> types_;
     std::mutex m_;

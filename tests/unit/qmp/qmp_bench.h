@@ -33,12 +33,12 @@ struct QmpBench {
         : events(monitors),
           graph(*rt.runtime, kDrivers, &events),
           exports(*rt.runtime, graph, {}, [this](std::string_view id) { events.export_deleted(id); }),
-          nbd_server(*rt.runtime),
+          nbd_servers(*rt.runtime),
           objects(*rt.runtime, exports, graph.secrets()),
           services{*rt.runtime,
                    graph,
                    exports,
-                   nbd_server,
+                   nbd_servers,
                    objects,
                    monitors,
                    [this] { quits++; },
@@ -63,7 +63,7 @@ struct QmpBench {
     qmp::Events events;
     block::Graph graph;
     exports::Registry exports;
-    nbd::Server nbd_server;
+    nbd::Servers nbd_servers;
     qmp::Objects objects;
     qmp::Services services;
     int quits = 0;

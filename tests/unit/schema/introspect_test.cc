@@ -102,7 +102,9 @@ TEST_CASE("introspection: the shapes clients probe for", "[schema][introspect]")
     CHECK(list.at("element-type") == node.at("name"));
     CHECK(list.at("name") == json::value("[" + std::string(node.at("name").get_string()) + "]"));
 
-    const json::object& address = schema.at(Schema::member(schema.arguments("nbd-server-start"), "addr").at("type"));
+    const json::object& addresses = schema.at(Schema::member(schema.arguments("nbd-server-start"), "addr").at("type"));
+    CHECK(addresses.at("meta-type") == json::value("alternate"));
+    const json::object& address = schema.at(addresses.at("members").get_array().at(0).at("type"));
     const json::object& unix_address = schema.variant(address, "unix");
     const json::object& data = schema.at(Schema::member(unix_address, "data").at("type"));
     CHECK(Schema::member(data, "path").at("type") == json::value("str"));

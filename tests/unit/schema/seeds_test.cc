@@ -135,6 +135,9 @@ const std::map<std::string, std::string> kDifferences = {
     {"member blockdev-add options BlockdevOptions", "flat since 2.9; the old shape is folded"},
     {"member BlockExportOptions *iothread str", "a list too since 10.2"},
     {"argument block-export-add *iothread str", "a list too since 10.2"},
+    {"argument nbd-server-start addr object", "a list too"},
+    {"member nbd-server-start addr SocketAddressLegacy", "a list too"},
+    {"member NbdServerOptions addr SocketAddress", "a list too, and the nested shape"},
     {"case ImageInfoSpecific vmdk ImageInfoSpecificVmdk", "the format is not built"},
 };
 
