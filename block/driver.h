@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <functional>
 #include <list>
 #include <memory>
 #include <span>
@@ -38,6 +39,9 @@ class OpenContext {
     /// child is inline, and read-only for kBacking. Refused by the policy for names from images unless allowed
     /// (Graph::image_references()).
     Task<Result<Node*>> open_implicit(std::string_view name, ChildRole role, json::object definition);
+    /// While open waits for somebody else (a server): what makes it end early with an error. Empty: nothing does.
+    /// Called by the deletion of the node that is being opened and by the end of the process (Graph::cancel_opening()).
+    void on_cancel(std::function<void()> cancel) { cancel_ = std::move(cancel); }
     /// True when the option is present (and, for "backing", not null or empty).
     bool child_given(std::string_view name) const;
     /// "backing": null or "" -> explicitly none.
@@ -56,6 +60,7 @@ class OpenContext {
     std::string node_name_;
     NodeFlags flags_;
     int depth_ = 0;
+    std::function<void()> cancel_;
     struct Pending {
         std::unique_ptr<Child> child;
         std::list<PermissionUser>::iterator user;  // holds the edge's permissions until the node exists

@@ -108,7 +108,9 @@ Task<Result<std::shared_ptr<Node>>> Graph::open_node(json::object options, NodeF
 
     OpenContext context(*this, options, name, flags, depth);
     opening_names_.push_back(name);
+    openings_.push_back(&context);
     Result<std::shared_ptr<Node>> opened = co_await driver->open(context);
+    std::erase(openings_, &context);
     std::erase(opening_names_, name);
     if (!opened) co_return opened;
     Node& node = **opened;
@@ -149,8 +151,10 @@ Task<Result<std::string>> Graph::probe(Node& protocol) {
 
 Task<Result<>> Graph::remove(std::string_view node_name) {
     const std::string name(node_name);
+    const bool was_opening = cancel_opening(name);
     auto guard = co_await mutex_.lock();
     Node* node = find(name);
+    if (!node && was_opening) co_return Result<>();
     if (!node) co_return fail(ErrorKind::kNotFound, "Failed to find node with node-name='{}'", name);
     for (const Root* root : node->roots_) {
         if (!root->options_.busy_text.empty())

@@ -43,6 +43,12 @@ class Graph {
     Task<Result<Node*>> add(json::object options);
     /// blockdev-del.
     Task<Result<>> remove(std::string_view node_name);
+    /// Makes openings that wait for somebody else end soon, with an error: that of the node of this name with all that
+    /// is defined inside it, or (empty name) any. Whether there was one.
+    bool cancel_opening(std::string_view node_name);
+    /// The node and all below it: requests that wait for a lost server fail now, those that a server does not answer in
+    /// a few seconds.
+    static void cancel_in_flight(Node& node);
     /// blockdev-reopen: all or nothing.
     Task<Result<>> reopen(std::vector<json::object> options);
     /// block_resize: takes the resize permission for the moment of the change; drained.
@@ -95,6 +101,8 @@ class Graph {
     /// Images open for writing whatever state they are in, and nothing but ImageOperations::check() may write: what
     /// a damaged image needs before it can be written otherwise.
     bool opens_for_repair = false;
+    /// Turns the number or the name of a descriptor (getfd) into one that is ours; empty: there are none.
+    std::function<Result<UniqueFd>(std::string_view name)> descriptor_source;
     /// Passphrases by id, for encrypted images.
     crypto::Secrets& secrets() const { return *secrets_; }
     /// Where the descriptor of a node's mapping log comes from: a memory file that outlives this process. Empty, or an
@@ -147,6 +155,7 @@ class Graph {
     AsyncMutex mutex_;
     std::vector<std::shared_ptr<Node>> all_;      // every open node, oldest first
     std::vector<std::string> opening_names_;      // of definitions being opened
+    std::vector<OpenContext*> openings_;          // the same, innermost last
     std::list<PermissionUser> permission_users_;  // besides edges and roots
     std::list<DrainSection> drains_;              // of drain()
     std::unique_ptr<JobManager> jobs_;

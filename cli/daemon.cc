@@ -66,6 +66,7 @@ Daemon::Daemon(DaemonSettings settings, std::unique_ptr<Runtime> runtime)
                 [this](std::string_view name) { return resolve_fd(name); }},
       watchdog_(*runtime_, notifier_) {
     monitors_.set_services(&services_);
+    graph_.descriptor_source = [this](std::string_view name) { return find_descriptor(name); };
     // Who connects during the start-up finds everything that the command line asks for, or nobody.
     nbd_servers_.hold_clients();
     monitors_.hold_clients();
@@ -178,6 +179,17 @@ Result<UniqueFd> Daemon::resolve_fd(std::string_view name) {
     return copy;
 }
 
+Result<UniqueFd> Daemon::find_descriptor(std::string_view name) {
+    int number = -1;
+    auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), number);
+    if (error != std::errc() || end != name.data() + name.size()) {
+        return fail(ErrorKind::kNotFound, "File descriptor named '{}' has not been found", name);
+    }
+    UniqueFd copy(::fcntl(number, F_DUPFD_CLOEXEC, 3));
+    if (!copy) return fail_errno(errno, "File descriptor '{}'", name);
+    return copy;
+}
+
 void Daemon::request_quit() { quit_.set(); }
 
 void Daemon::run() { runtime_->main_loop().run_until_complete(main_task()); }
@@ -227,6 +239,8 @@ Task<void> Daemon::report_status() {
 Task<void> Daemon::end_task() {
     // A command that began before may still add an export, a job or the server itself: these go in two rounds.
     monitors_.hold_commands();
+    graph_.cancel_opening("");
+    for (block::Node* node : graph_.nodes()) node->cancel_in_flight();
     co_await graph_.jobs().cancel_all();
     co_await nbd_servers_.say_good_bye();
     co_await exports_.remove_all();

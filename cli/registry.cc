@@ -6,6 +6,7 @@
 #include "block/formats/raw.h"
 #include "block/protocols/file.h"
 #include "block/protocols/null.h"
+#include "nbd/client/node.h"
 #include "nbd/server.h"
 #include "runtime/check.h"
 #include "schema/schema.h"
@@ -14,8 +15,8 @@ namespace gantry::cli {
 
 std::span<const block::Driver> drivers() {
     static const std::array kDrivers = {
-        block::kFileDriver,    block::kHostDeviceDriver, block::kNullCoDriver,
-        block::kNullAioDriver, block::kRawDriver,        block::kQcow2Driver,
+        block::kFileDriver, block::kHostDeviceDriver, block::kNullCoDriver, block::kNullAioDriver,
+        block::kRawDriver,  block::kQcow2Driver,      nbd::kNbdDriver,
     };
     return kDrivers;
 }

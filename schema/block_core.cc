@@ -14,6 +14,7 @@ namespace {
 constexpr EnumValue kDriverValues[] = {
     {"file", "a regular file"},
     {"host_device", "a block device of the host"},
+    {"nbd", "an export of an NBD server"},
     {"null-aio", "reads nothing, forgets what is written"},
     {"null-co", "reads nothing, forgets what is written"},
     {"qcow2", "qcow2 image"},
@@ -47,7 +48,6 @@ constexpr Absent kAbsentDrivers[] = {
     {"io_uring", "not in this build: use host_device or file with aio=io_uring"},
     {"iscsi", kRemoteReason},
     {"luks", "not in this build: LUKS volumes without an image format are not built"},
-    {"nbd", kRemoteReason},
     {"nfs", kRemoteReason},
     {"nvme", "not in this build: raw NVMe access is not built; use host_device"},
     {"nvme-io_uring", "not in this build: raw NVMe access is not built; use host_device"},
@@ -157,6 +157,23 @@ constexpr Member kNullMembers[] = {
 };
 constinit const Type kNullOptions = struct_type("BlockdevOptionsNull", "A disk without storage.", kNullMembers);
 
+constexpr Member kNbdMembers[] = {
+    required("server", kSocketAddress, "where the server listens; fd: a socket that is connected to it"),
+    optional("export", kStr, "", "the name of the export; at most 4096 bytes"),
+    optional("tls-creds", kStr, "none: in the clear", "the TLS credentials, an object with endpoint=client"),
+    optional("tls-hostname", kStr, "the host of the server", "the name that the server's certificate must have"),
+    optional("x-dirty-bitmap", kStr, "",
+             "the meta context that block status shows instead of base:allocation: qemu:dirty-bitmap:NAME (dirty is "
+             "shown as no data) or qemu:allocation-depth"),
+    optional("reconnect-delay", kUint32, "0",
+             "seconds that requests wait for a server that was lost before they fail; 0: they fail at once"),
+    optional("open-timeout", kUint32, "0",
+             "seconds during which opening tries to reach the server again and again; 0: one attempt"),
+    optional("multi-conn", kUint32, "one for each I/O loop, at most 4",
+             "connections to a server that allows several; at most 16, 0 and 1: a single one"),
+};
+constinit const Type kNbdOptions = struct_type("BlockdevOptionsNbd", "An export of an NBD server.", kNbdMembers);
+
 // --- formats
 
 constexpr Member kGenericFormatMembers[] = {
@@ -231,7 +248,7 @@ constinit const Type kQcow2Options =
 // --- the union
 
 constexpr Variant kVariants[] = {
-    {"file", &kFileOptions},    {"host_device", &kFileOptions}, {"null-aio", &kNullOptions},
+    {"file", &kFileOptions},    {"host_device", &kFileOptions}, {"nbd", &kNbdOptions}, {"null-aio", &kNullOptions},
     {"null-co", &kNullOptions}, {"qcow2", &kQcow2Options},      {"raw", &kRawOptions},
 };
 constexpr Branch kRefBranches[] = {

@@ -60,7 +60,7 @@ class Commands(gt.Case):
             kind, desc = self.q.error(command)
             self.assertEqual(kind, "CommandNotFound")
             self.assertRegex(desc, f"^The command {command} has not been found; not in this build: .+")
-        for driver in ("vmdk", "nbd", "throttle"):
+        for driver in ("vmdk", "ssh", "throttle"):
             kind, desc = self.q.error("blockdev-add", driver=driver, node_name="n")
             self.assertRegex(desc, f"^Parameter 'driver' does not accept value '{driver}'; not in this build: .+")
         self.assertRegex(self.q.error("object-add", qom_type="throttle-group", id="s")[1],

@@ -1,0 +1,215 @@
+#include "nbd/client/node.h"
+
+#include <algorithm>
+#include <cerrno>
+
+#include "block/align.h"
+#include "runtime/cross_loop.h"
+#include "runtime/loop.h"
+
+namespace gantry::nbd::client {
+
+using block::BlockStatus;
+using block::Request;
+using block::WriteFlags;
+
+NbdNode::NbdNode(std::string name, const block::NodeFlags& flags, std::shared_ptr<const ClientConfig> config,
+                 const Negotiated& first, std::vector<std::shared_ptr<Link>> links)
+    : Node("nbd", std::move(name), flags), config_(std::move(config)), export_(first), links_(std::move(links)) {
+    take_limits();
+    set_read_only(flags.read_only || export_.can(kReadOnly));
+}
+
+NbdNode::~NbdNode() = default;
+
+void NbdNode::take_limits() {
+    uint32_t unit = export_.min_block;
+    if (unit == 0) {
+        // It did not say. One that knows about block status, or whose size is odd, takes single bytes; others are safer
+        // with sectors.
+        unit = export_.context_id || export_.size % 512 != 0 ? 1 : 512;
+    }
+    limits_.request_alignment = unit;
+    const uint32_t largest = export_.max_payload ? std::min(export_.max_payload, kMaxPayload) : kMaxPayload;
+    limits_.max_transfer = std::max<uint64_t>(block::align_down(largest, unit), unit);
+    limits_.max_iov = 1024;
+    limits_.supports_fua = export_.can(kSendFua);
+    limits_.supports_zeroes = export_.can(kSendWriteZeroes);
+    limits_.zeroes_alignment = limits_.discard_alignment = unit;
+    limits_.optimal_transfer = export_.preferred_block;
+    if (!export_.extended) {
+        limits_.max_zeroes = limits_.max_discard = block::align_down(UINT32_MAX, std::max(unit, 65536u));
+    }
+    // What does not fill a block cannot be asked for.
+    set_size(block::align_down(export_.size, unit));
+}
+
+// ---- Requests ----
+
+Link& NbdNode::pick(const Loop& loop) const {
+    Link* best = nullptr;
+    uint64_t best_cost = UINT64_MAX;
+    for (const auto& link : links_) {
+        // A connection that is up before any that is not, then one of this loop, then the one with the least to do.
+        const uint64_t cost =
+            (link->state() == LinkState::kUp ? 0 : uint64_t{1} << 40) +
+            (link->state() == LinkState::kWaiting || link->state() == LinkState::kUp ? 0 : uint64_t{1} << 41) +
+            (&link->loop() == &loop ? 0 : uint64_t{1} << 39) + link->load();
+        if (cost < best_cost) {
+            best_cost = cost;
+            best = link.get();
+        }
+    }
+    return *best;
+}
+
+Task<Result<>> NbdNode::send(Operation& op) {
+    Loop& here = Loop::current();
+    Link& link = pick(here);
+    if (&link.loop() == &here) return link.execute(op);
+    return run_on(link.loop(), link.execute(op));
+}
+
+Task<Result<>> NbdNode::do_read(Request&, uint64_t offset, IoVec iov) {
+    Operation op;
+    op.command = kCmdRead;
+    op.offset = offset;
+    op.length = iov.bytes;
+    op.data = iov;
+    auto result = co_await send(op);
+    co_return result;
+}
+
+Task<Result<>> NbdNode::do_write(Request&, uint64_t offset, IoVec iov, WriteFlags flags) {
+    Operation op;
+    op.command = kCmdWrite;
+    if (has(flags, WriteFlags::kFua) && export_.can(kSendFua)) op.flags = kCmdFua;
+    op.offset = offset;
+    op.length = iov.bytes;
+    op.data = iov;
+    auto result = co_await send(op);
+    co_return result;
+}
+
+Task<Result<>> NbdNode::do_write_zeroes(Request&, uint64_t offset, uint64_t length, WriteFlags flags) {
+    if (!export_.can(kSendWriteZeroes)) {
+        co_return fail(ErrorKind::kUnsupported, "node '{}': NBD server '{}' has no WRITE_ZEROES", name(),
+                       config_->address.text());
+    }
+    Operation op;
+    op.command = kCmdWriteZeroes;
+    if (has(flags, WriteFlags::kFua) && export_.can(kSendFua)) op.flags |= kCmdFua;
+    if (!has(flags, WriteFlags::kMayUnmap)) op.flags |= kCmdNoHole;
+    if (has(flags, WriteFlags::kNoFallback)) {
+        if (!export_.can(kSendFastZero)) {
+            co_return fail(ErrorKind::kUnsupported, "node '{}': NBD server '{}' does not say whether zeroes are fast",
+                           name(), config_->address.text());
+        }
+        op.flags |= kCmdFastZero;
+    }
+    op.offset = offset;
+    op.length = length;
+    auto result = co_await send(op);
+    co_return result;
+}
+
+Task<Result<>> NbdNode::do_discard(Request&, uint64_t offset, uint64_t length) {
+    if (!export_.can(kSendTrim)) {
+        co_return fail(ErrorKind::kUnsupported, "node '{}': NBD server '{}' has no TRIM", name(),
+                       config_->address.text());
+    }
+    Operation op;
+    op.command = kCmdTrim;
+    op.offset = offset;
+    op.length = length;
+    auto result = co_await send(op);
+    co_return result;
+}
+
+Task<Result<>> NbdNode::do_flush(Request&) {
+    if (!export_.can(kSendFlush)) co_return Result<>();
+    Operation op;
+    op.command = kCmdFlush;
+    auto result = co_await send(op);
+    co_return result;
+}
+
+Task<Result<>> NbdNode::do_preload(Request&, uint64_t offset, uint64_t length) {
+    if (!export_.can(kSendCache)) co_return Result<>();
+    const uint64_t unit = limits_.request_alignment;
+    const uint64_t end = std::min(block::align_up(offset + length, unit), size());
+    for (uint64_t at = block::align_down(offset, unit); at < end;) {
+        Operation op;
+        op.command = kCmdCache;
+        op.offset = at;
+        op.length = std::min(end - at, limits_.max_transfer);
+        at += op.length;
+        CO_CHECK(co_await send(op));
+    }
+    co_return Result<>();
+}
+
+Task<Result<BlockStatus>> NbdNode::do_block_status(Request&, uint64_t offset, uint64_t length) {
+    BlockStatus status;
+    status.length = length;
+    status.data = status.allocated = true;
+    status.depth = 1;
+    status.file = this;
+    status.host_offset = offset;
+    status.has_offset = true;
+    if (!export_.context_id) co_return status;
+
+    const uint64_t unit = limits_.request_alignment;
+    Operation op;
+    op.command = kCmdBlockStatus;
+    op.flags = kCmdReqOne;
+    op.offset = offset;
+    op.length = export_.extended ? length : std::min<uint64_t>(length, block::align_down(UINT32_MAX, unit));
+    CO_CHECK(co_await send(op));
+
+    // Older servers tell about more than was asked for.
+    uint64_t known = std::min(op.status_length, op.length);
+    uint64_t word = op.status_flags;
+    if (known != length && known % unit != 0) {
+        // A piece of a block: data is never wrong.
+        if (known < unit) word = 0;
+        known = std::min(std::max(block::align_down(known, unit), unit), length);
+    }
+    if (config_->wants_depth()) word = std::min<uint64_t>(word, 2);
+    status.length = known;
+    status.data = !(word & kStateHole);
+    status.zero = word & kStateZero;
+    co_return status;
+}
+
+// ---- Life ----
+
+Task<void> NbdNode::close() {
+    for (const auto& link : links_) co_await run_on(link->loop(), link->close());
+}
+
+void NbdNode::cancel_in_flight() {
+    for (const auto& link : links_) {
+        link->loop().post([link] { link->cancel(); });
+    }
+}
+
+// ---- For people and queries ----
+
+bool NbdNode::is_tuning(std::string_view option) const {
+    return option == "reconnect-delay" || option == "open-timeout" || option == "multi-conn" || Node::is_tuning(option);
+}
+
+std::string NbdNode::filename() const {
+    const bool plain = !config_->tls && !config_->context_required;
+    const std::string uri = plain ? config_->address.uri(config_->export_name) : std::string();
+    return uri.empty() ? Node::filename() : uri;
+}
+
+Task<Result<block::ImageInfo>> NbdNode::image_info() {
+    block::ImageInfo info;
+    info.virtual_size = size();
+    co_return info;
+}
+
+}  // namespace gantry::nbd::client

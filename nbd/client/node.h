@@ -1,0 +1,56 @@
+// The block driver "nbd": a node that is an export of an NBD server (spec/nbd.md section 14).
+
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "block/driver.h"
+#include "block/node.h"
+#include "nbd/client/config.h"
+#include "nbd/client/link.h"
+
+namespace gantry::nbd {
+
+/// The row for the driver table.
+extern const block::Driver kNbdDriver;
+
+namespace client {
+
+/// Connections are dealt over the I/O loops. A request goes over one of its own loop if there is one, else over the one
+/// with the least to do, on whose loop it runs meanwhile.
+class NbdNode final : public block::Node {
+  public:
+    NbdNode(std::string name, const block::NodeFlags& flags, std::shared_ptr<const ClientConfig> config,
+            const Negotiated& first, std::vector<std::shared_ptr<Link>> links);
+    ~NbdNode() override;
+
+    Task<Result<>> do_read(block::Request& rq, uint64_t offset, IoVec iov) override;
+    Task<Result<>> do_write(block::Request& rq, uint64_t offset, IoVec iov, block::WriteFlags flags) override;
+    Task<Result<>> do_write_zeroes(block::Request& rq, uint64_t offset, uint64_t length,
+                                   block::WriteFlags flags) override;
+    Task<Result<>> do_discard(block::Request& rq, uint64_t offset, uint64_t length) override;
+    Task<Result<>> do_flush(block::Request& rq) override;
+    Task<Result<>> do_preload(block::Request& rq, uint64_t offset, uint64_t length) override;
+    Task<Result<block::BlockStatus>> do_block_status(block::Request& rq, uint64_t offset, uint64_t length) override;
+
+    Task<void> close() override;
+    void cancel_in_flight() override;
+    std::string filename() const override;
+    bool is_tuning(std::string_view option) const override;
+    Task<Result<block::ImageInfo>> image_info() override;
+
+  private:
+    void take_limits();
+    Link& pick(const Loop& loop) const;
+    Task<Result<>> send(Operation& op);
+
+    const std::shared_ptr<const ClientConfig> config_;
+    const Negotiated export_;
+    const std::vector<std::shared_ptr<Link>> links_;
+};
+
+}  // namespace client
+
+}  // namespace gantry::nbd
