@@ -143,10 +143,11 @@ bool DirtyBitmap::is_dirty(uint64_t offset) const {
     return (words_[granule / 64].load() >> (granule % 64)) & 1;
 }
 
-uint64_t DirtyBitmap::find(uint64_t granule, bool dirty) const {
+uint64_t DirtyBitmap::find(uint64_t granule, bool dirty, uint64_t last_word) const {
     const uint64_t count = granules();
     uint64_t mask = bit_range(granule % 64, 64);
     for (uint64_t index = granule / 64; index < word_count_; index++, mask = ~uint64_t{0}) {
+        if (index > last_word) return index * 64;
         const uint64_t group = index / 64;
         if (dirty && index % 64 == 0 && !((summary_[group / 64].load() >> (group % 64)) & 1)) {
             index += 63;
@@ -161,14 +162,20 @@ uint64_t DirtyBitmap::find(uint64_t granule, bool dirty) const {
 
 uint64_t DirtyBitmap::next_dirty(uint64_t offset) const {
     if (offset >= size_) return size_;
-    const uint64_t granule = find(offset >> shift_, true);
+    const uint64_t granule = find(offset >> shift_, true, word_count_);
     return granule == granules() ? size_ : std::max(granule << shift_, offset);
 }
 
 uint64_t DirtyBitmap::next_clean(uint64_t offset) const {
     if (offset >= size_) return size_;
-    const uint64_t granule = find(offset >> shift_, false);
+    const uint64_t granule = find(offset >> shift_, false, word_count_);
     return granule == granules() ? size_ : std::max(granule << shift_, offset);
+}
+
+uint64_t DirtyBitmap::end_of_run(uint64_t offset, bool dirty, uint64_t limit) const {
+    if (offset >= size_) return size_;
+    const uint64_t granule = find(offset >> shift_, !dirty, (limit >> shift_) / 64);
+    return granule >= granules() ? size_ : std::max(granule << shift_, offset);
 }
 
 uint64_t DirtyBitmap::dirty_bytes() const {
@@ -242,6 +249,8 @@ uint64_t DirtyBitmap::next_used_word(uint64_t index) const {
 
 Result<> DirtyBitmap::resize(uint64_t new_size) {
     if (inconsistent) return {};
+    if (busy)
+        return fail(ErrorKind::kBusy, "bitmap '{}' is in use by another operation and cannot change its size", name_);
     CHECK_OK(check_size(name_, new_size, granularity_));
     DirtyBitmap resized(name_, new_size, granularity_);
     CHECK_OK(resized.allocate());

@@ -42,6 +42,9 @@ class DirtyBitmap {
     /// First dirty / clean byte at or after `offset`: `offset` itself or the start of a granule; size() when none.
     uint64_t next_dirty(uint64_t offset) const;
     uint64_t next_clean(uint64_t offset) const;
+    /// The end of the part that `offset` (inside size()) lies in and that is all dirty or all clean, looked for up to
+    /// `limit` (>= offset) and a little beyond; at most size().
+    uint64_t end_of_run(uint64_t offset, bool dirty, uint64_t limit) const;
     /// Dirty bytes (granules; the last one counts up to size).
     uint64_t dirty_bytes() const;
     /// ORs `other` (same size, any granularity) in.
@@ -52,8 +55,8 @@ class DirtyBitmap {
     std::shared_ptr<DirtyBitmap> snapshot(std::string name) const;
     /// Exactly the bits of `other`, which has the same size and granularity.
     void assign(const DirtyBitmap& other);
-    /// Growth is dirty; of a persistent one it is clean, as other programs keep it (spec/qcow2.md section 16). An
-    /// inconsistent one stays empty.
+    /// kBusy while it is busy: others look at it without being drained. Growth is dirty; of a persistent one it is
+    /// clean, as other programs keep it (spec/qcow2.md section 16). An inconsistent one stays empty.
     Result<> resize(uint64_t new_size);
 
     bool recording() const { return recording_.load(std::memory_order_acquire); }
@@ -72,7 +75,7 @@ class DirtyBitmap {
     /// Its bits are wrong from now on: forgotten, and nothing is recorded any more.
     void set_inconsistent();
     bool busy = false, persistent = false;
-    bool inconsistent = false;  // changed by set_inconsistent() alone
+    std::atomic<bool> inconsistent{false};  // changed by set_inconsistent() alone; any thread
 
     // ---- Bits as they are stored: bit b of word w is granule 64 * w + b; what lies beyond size() is zero ----
 
@@ -111,7 +114,7 @@ class DirtyBitmap {
     void tidy_group(uint64_t group);
     uint64_t granules() const { return (size_ >> shift_) + ((size_ & (granularity_ - 1)) != 0); }
     /// First granule at or after `granule` whose bit is `dirty`; granules() when none.
-    uint64_t find(uint64_t granule, bool dirty) const;
+    uint64_t find(uint64_t granule, bool dirty, uint64_t last_word) const;
     void update_recording() { recording_.store(enabled_ && !read_only_ && !inconsistent, std::memory_order_release); }
 
     std::string name_;

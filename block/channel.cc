@@ -47,6 +47,8 @@ struct ChannelOp {
 
     static Task<Result<>> run(Channel& channel, ChannelOp op);
     static Task<Result<BlockStatus>> status(Channel& channel, uint64_t offset, uint64_t length);
+    static Task<Result<size_t>> statuses(Channel& channel, uint64_t offset, uint64_t length,
+                                         std::span<BlockStatus> out);
 
     bool changes() const { return verb == Verb::kWrite || verb == Verb::kZero || verb == Verb::kDiscard; }
     OpKind kind() const;
@@ -234,6 +236,21 @@ Task<Result<BlockStatus>> ChannelOp::status(Channel& channel, uint64_t offset, u
     co_return answer;
 }
 
+Task<Result<size_t>> ChannelOp::statuses(Channel& channel, uint64_t offset, uint64_t length,
+                                         std::span<BlockStatus> out) {
+    while (channel.quiesced_ != 0) co_await channel.resumed_.wait();
+    Node& node = *channel.node_;
+    if (length == 0 || !in_range(node.size(), offset, length)) {
+        co_return fail(ErrorKind::kInvalid, "block status of {} bytes at {}: outside of node '{}' ({} bytes)", length,
+                       offset, node.name(), node.size());
+    }
+    ++channel.in_flight_;
+    Request rq{.loop = &channel.loop_, .channel = &channel, .epoch = channel.next_epoch_++};
+    Result<size_t> answer = co_await node.block_statuses(rq, offset, length, out);
+    leave(channel);
+    co_return answer;
+}
+
 Channel::Channel(Root& root, Loop& loop)
     : root_(root),
       loop_(loop),
@@ -286,6 +303,10 @@ Task<Result<>> Channel::preload(uint64_t offset, uint64_t length) {
 
 Task<Result<BlockStatus>> Channel::block_status(uint64_t offset, uint64_t length) {
     return ChannelOp::status(*this, offset, length);
+}
+
+Task<Result<size_t>> Channel::block_statuses(uint64_t offset, uint64_t length, std::span<BlockStatus> out) {
+    return ChannelOp::statuses(*this, offset, length, out);
 }
 
 int Channel::try_read(uint64_t offset, const IoVec& iov) {

@@ -102,6 +102,8 @@ class FormatNode : public Node {
     Task<Result<>> do_flush(Request& rq) override;
     Task<Result<>> do_preload(Request& rq, uint64_t offset, uint64_t length) override;
     Task<Result<BlockStatus>> do_block_status(Request& rq, uint64_t offset, uint64_t length) override;
+    Task<Result<size_t>> do_block_statuses(Request& rq, uint64_t offset, uint64_t length,
+                                           std::span<BlockStatus> out) override;
     /// Answers when every extent of the range is a hit and is zero or kData in a node that answers try_read.
     int do_try_read(Request& rq, uint64_t offset, const IoVec& iov) override;
     /// Answers when the whole range is one kData extent that needs no copy and no transform.
@@ -155,6 +157,8 @@ class FormatNode : public Node {
     Task<Result<>> read_backing(Request& rq, uint64_t offset, IoVec iov);
     Task<Result<>> read_transformed(Request& rq, Extent extent, uint64_t offset, IoVec iov);
     Task<Result<BlockStatus>> status_of(Request& rq, Extent extent, uint64_t offset, uint64_t length);
+    /// What the extent alone tells; false: the backing file must be asked.
+    bool own_status(const Extent& extent, uint64_t offset, uint64_t length, BlockStatus& status) const;
     /// Whether the whole of [begin, end) reads as zeroes, as far as maps tell. What lies beyond size() does.
     Task<Result<bool>> reads_as_zero(Request& rq, uint64_t begin, uint64_t end);
 

@@ -21,6 +21,14 @@ constexpr uint64_t kWorthATask = 16 << 10;
 
 bool worth_its_own_task(const Extent& e) { return e.kind == Kind::kEncoded || e.length >= kWorthATask; }
 
+/// Whether `next`, which follows `status`, is more of the same.
+bool continues(const BlockStatus& status, const BlockStatus& next) {
+    return next.data == status.data && next.zero == status.zero && next.allocated == status.allocated &&
+           next.compressed == status.compressed && next.encrypted == status.encrypted && next.depth == status.depth &&
+           next.has_offset == status.has_offset && next.file == status.file &&
+           (!status.has_offset || next.host_offset == status.host_offset + status.length);
+}
+
 bool plain_data(const Extent& e) { return e.kind == Kind::kData && !e.transform; }
 
 }  // namespace
@@ -169,8 +177,8 @@ int FormatNode::do_try_read(Request& rq, uint64_t offset, const IoVec& iov) {
     return 0;
 }
 
-Task<Result<BlockStatus>> FormatNode::status_of(Request& rq, Extent extent, uint64_t offset, uint64_t length) {
-    BlockStatus status;
+bool FormatNode::own_status(const Extent& extent, uint64_t offset, uint64_t length, BlockStatus& status) const {
+    status = {};
     status.length = std::min(extent.length, length);
     status.allocated = extent.allocated;
     status.depth = extent.allocated ? 1 : 0;
@@ -193,19 +201,22 @@ Task<Result<BlockStatus>> FormatNode::status_of(Request& rq, Extent extent, uint
             status.depth = 1;
             status.compressed = true;
             break;
-        case Kind::kUnallocated: {
-            Node* below = backing();
-            if (!below || offset >= below->size()) {
-                status.zero = true;
-                break;
-            }
-            const uint64_t asked = std::min(status.length, below->size() - offset);
-            CO_TRY(status, co_await below->block_status(rq, offset, asked));
-            status.allocated = false;
-            if (status.depth) status.depth++;
+        case Kind::kUnallocated:
+            if (backing() && offset < backing()->size()) return false;
+            status.zero = true;
             break;
-        }
     }
+    return true;
+}
+
+Task<Result<BlockStatus>> FormatNode::status_of(Request& rq, Extent extent, uint64_t offset, uint64_t length) {
+    BlockStatus status;
+    if (own_status(extent, offset, length, status)) co_return status;
+    Node* below = backing();
+    const uint64_t asked = std::min(status.length, below->size() - offset);
+    CO_TRY(status, co_await below->block_status(rq, offset, asked));
+    status.allocated = false;
+    if (status.depth) status.depth++;
     co_return status;
 }
 
@@ -222,15 +233,48 @@ Task<Result<BlockStatus>> FormatNode::do_block_status(Request& rq, uint64_t offs
         if (map(pos, length - status.length, extent) != MapResult::kHit) break;
         extent.length = std::min(extent.length, length - status.length);
         CO_TRY(const BlockStatus next, co_await status_of(rq, extent, pos, length - status.length));
-        if (next.data != status.data || next.zero != status.zero || next.allocated != status.allocated ||
-            next.compressed != status.compressed || next.encrypted != status.encrypted || next.depth != status.depth ||
-            next.has_offset != status.has_offset || next.file != status.file) {
-            break;
-        }
-        if (status.has_offset && next.host_offset != status.host_offset + status.length) break;
+        if (!continues(status, next)) break;
         status.length += next.length;
     }
     co_return status;
+}
+
+Task<Result<size_t>> FormatNode::do_block_statuses(Request& rq, uint64_t offset, uint64_t length,
+                                                   std::span<BlockStatus> out) {
+    Pass pass(*this);
+    const uint64_t end = offset + length;
+    size_t count = 0;
+    unsigned steps = 0;
+    for (uint64_t pos = offset; pos < end && count < out.size();) {
+        Extent extent;
+        if (map(pos, end - pos, extent) != MapResult::kHit) {
+            CO_TRY(extent, co_await load_map(rq, pos, end - pos));
+        }
+        CHECK(extent.length > 0, "a map must make progress");
+        extent.length = std::min(extent.length, end - pos);
+        BlockStatus status;
+        if (own_status(extent, pos, end - pos, status)) {
+            pos += status.length;
+            if (count && continues(out[count - 1], status)) {
+                out[count - 1].length += status.length;
+                if (++steps < kStatusSteps) continue;
+                break;  // one long part takes its time, too
+            }
+            out[count++] = status;
+            continue;
+        }
+        Node* below = backing();
+        const uint64_t asked = std::min(extent.length, below->size() - pos);
+        CO_TRY(const size_t more, co_await below->block_statuses(rq, pos, asked, out.subspan(count)));
+        for (size_t i = 0; i < more; i++) {
+            BlockStatus& one = out[count + i];
+            one.allocated = false;
+            if (one.depth) one.depth++;
+            pos += one.length;
+        }
+        count += more;
+    }
+    co_return count;
 }
 
 Task<Result<bool>> FormatNode::reads_as_zero(Request& rq, uint64_t begin, uint64_t end) {

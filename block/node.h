@@ -121,6 +121,9 @@ class Node : public std::enable_shared_from_this<Node> {
     Task<Result<>> preload(Request& rq, uint64_t offset, uint64_t length);
     /// About the first part of [offset, offset + length), length > 0, inside size(). Looks through backing files.
     Task<Result<BlockStatus>> block_status(Request& rq, uint64_t offset, uint64_t length);
+    /// The same for the parts that follow each other from `offset` on: how many of `out` (not empty) are filled, at
+    /// least one. Stops early when going on would take long.
+    Task<Result<size_t>> block_statuses(Request& rq, uint64_t offset, uint64_t length, std::span<BlockStatus> out);
 
     /// Non-blocking attempts, plain calls: 0 = done, -EAGAIN = use the coroutine, other -errno = failed.
     /// try_read answers only when map and page cache can; try_write only without flags and when the driver may write
@@ -152,6 +155,9 @@ class Node : public std::enable_shared_from_this<Node> {
     virtual Task<Result<>> do_preload(Request& rq, uint64_t offset, uint64_t length);  // ok
     /// Default: all data.
     virtual Task<Result<BlockStatus>> do_block_status(Request& rq, uint64_t offset, uint64_t length);
+    /// Default: one, by do_block_status().
+    virtual Task<Result<size_t>> do_block_statuses(Request& rq, uint64_t offset, uint64_t length,
+                                                   std::span<BlockStatus> out);
     virtual int do_try_read(Request& rq, uint64_t offset, const IoVec& iov) { return -11; }
     virtual int do_try_write(Request& rq, uint64_t offset, const IoVec& iov, WriteFlags flags) { return -11; }
     /// New size in bytes; main loop, drained. Default: kUnsupported "Image format driver does not support resize".

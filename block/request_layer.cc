@@ -72,6 +72,10 @@ Task<Result<BlockStatus>> Node::block_status(Request& rq, uint64_t offset, uint6
     return RequestLayer::block_status(*this, rq, offset, length);
 }
 
+Task<Result<size_t>> Node::block_statuses(Request& rq, uint64_t offset, uint64_t length, std::span<BlockStatus> out) {
+    return RequestLayer::block_statuses(*this, rq, offset, length, out);
+}
+
 // ---- Defaults of drivers ----
 
 Task<Result<>> Node::do_write(Request& rq, uint64_t offset, IoVec iov, WriteFlags flags) {
@@ -100,6 +104,12 @@ Task<Result<BlockStatus>> Node::do_block_status(Request& rq, uint64_t offset, ui
     status.host_offset = offset;
     status.has_offset = true;
     co_return status;
+}
+
+Task<Result<size_t>> Node::do_block_statuses(Request& rq, uint64_t offset, uint64_t length,
+                                             std::span<BlockStatus> out) {
+    CO_TRY(out[0], co_await do_block_status(rq, offset, length));
+    co_return size_t{1};
 }
 
 Task<Result<>> Node::do_resize(uint64_t new_size) {

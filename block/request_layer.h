@@ -16,6 +16,8 @@ struct RequestLayer {
     static Task<Result<>> discard(Node& n, Request& rq, uint64_t offset, uint64_t length);
     static Task<Result<>> flush(Node& n, Request& rq);
     static Task<Result<BlockStatus>> block_status(Node& n, Request& rq, uint64_t offset, uint64_t length);
+    static Task<Result<size_t>> block_statuses(Node& n, Request& rq, uint64_t offset, uint64_t length,
+                                               std::span<BlockStatus> out);
 
     /// The request fits the node's limits as it is: alignment of offset, length and memory, max_transfer and max_iov.
     static bool fits(const Limits& l, uint64_t offset, const IoVec& iov);

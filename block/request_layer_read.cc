@@ -71,4 +71,31 @@ Task<Result<BlockStatus>> RequestLayer::block_status(Node& n, Request& rq, uint6
     co_return status;
 }
 
+Task<Result<size_t>> RequestLayer::block_statuses(Node& n, Request& rq, uint64_t offset, uint64_t length,
+                                                  std::span<BlockStatus> out) {
+    const uint64_t size = n.size();
+    const uint64_t unit = std::max<uint32_t>(n.limits_.request_alignment, 1);
+    const bool inside = length != 0 && offset < size && length <= size - offset;
+    const bool aligned = offset % unit == 0 && (length % unit == 0 || offset + length == size);
+    if (!inside || !aligned) {
+        CO_TRY(out[0], co_await block_status(n, rq, offset, length));
+        co_return size_t{1};
+    }
+    CO_TRY(size_t count, co_await n.do_block_statuses(rq, offset, length, out));
+    uint64_t done = 0;
+    for (size_t i = 0; i < count; i++) {
+        if (out[i].length == 0 || done == length) {
+            count = i;
+            break;
+        }
+        out[i].length = std::min(out[i].length, length - done);
+        done += out[i].length;
+        out[i].eof = offset + done >= size;
+    }
+    if (count == 0) {
+        co_return fail(ErrorKind::kIo, "node '{}': block status at {} made no progress", n.name_, offset);
+    }
+    co_return count;
+}
+
 }  // namespace gantry::block

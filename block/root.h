@@ -8,6 +8,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "block/node.h"
@@ -52,6 +53,8 @@ class Channel {
     Task<Result<>> flush();
     Task<Result<>> preload(uint64_t offset, uint64_t length);
     Task<Result<BlockStatus>> block_status(uint64_t offset, uint64_t length);
+    /// Node::block_statuses; `out` stays valid until completion.
+    Task<Result<size_t>> block_statuses(uint64_t offset, uint64_t length, std::span<BlockStatus> out);
 
     /// Plain non-blocking attempts (see Node::try_read): 0, -EAGAIN (also while quiesced), or -errno. Counted in the
     /// statistics unless -EAGAIN. try_write never answers with kFua or when the root is writethrough.

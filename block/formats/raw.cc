@@ -65,6 +65,10 @@ class RawNode final : public Filter {
     Task<Result<BlockStatus>> do_block_status(Request& rq, uint64_t offset, uint64_t length) override {
         return below().block_status(rq, at(offset), length);
     }
+    Task<Result<size_t>> do_block_statuses(Request& rq, uint64_t offset, uint64_t length,
+                                           std::span<BlockStatus> out) override {
+        return below().block_statuses(rq, at(offset), length, out);
+    }
     int do_try_read(Request& rq, uint64_t offset, const IoVec& iov) override {
         return below().try_read(rq, at(offset), iov);
     }

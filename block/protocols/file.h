@@ -46,6 +46,8 @@ class FileNode : public Node {
     Task<Result<>> do_write_zeroes(Request& rq, uint64_t offset, uint64_t length, WriteFlags flags) override;
     Task<Result<>> do_discard(Request& rq, uint64_t offset, uint64_t length) override;
     Task<Result<BlockStatus>> do_block_status(Request& rq, uint64_t offset, uint64_t length) override;
+    Task<Result<size_t>> do_block_statuses(Request& rq, uint64_t offset, uint64_t length,
+                                           std::span<BlockStatus> out) override;
     // file.cc
     Task<Result<>> do_resize(uint64_t new_size) override;
     Task<void> close() override;
@@ -97,7 +99,8 @@ class FileNode : public Node {
     /// The page cache has lost something: no flush succeeds any more.
     void note_sync_error(int e);
     // file_allocation.cc
-    BlockStatus status_of(uint64_t offset, uint64_t length);
+    size_t statuses_of(uint64_t offset, uint64_t length, std::span<BlockStatus> out);
+    bool known_data(uint64_t offset, uint64_t length, BlockStatus& status);
     void forget_data_extent();
     // file.cc
     void take_mode(const OpenedFile& file);

@@ -15,6 +15,9 @@ namespace {
 /// A search for data that takes longer than this waited for the disk; searches keep off the loop for a while then.
 constexpr int64_t kSlowSeekNs = 500'000;
 constexpr int64_t kSlowPeriodNs = 100'000'000;
+/// One answer about many parts takes no longer, seen every so many parts: others on the loop wait for it.
+constexpr int64_t kSeekShareNs = 250'000;
+constexpr size_t kSeeksPerClock = 16;
 
 }  // namespace
 
@@ -70,65 +73,97 @@ void FileNode::forget_data_extent() {
     data_begin_ = data_end_ = 0;
 }
 
-/// Where the file system has data. A failing search means that it cannot tell: all data.
-BlockStatus FileNode::status_of(uint64_t offset, uint64_t length) {
-    BlockStatus status;
-    status.length = length;
-    status.data = true;
+/// Where the file system has data: the parts from `offset` on, one system call each; how many. A failing search means
+/// that it cannot tell: all data.
+size_t FileNode::statuses_of(uint64_t offset, uint64_t length, std::span<BlockStatus> out) {
     const int fd = fd_.get();
-    const off_t data = ::lseek(fd, static_cast<off_t>(offset), SEEK_DATA);
-    if (data < 0 && errno == ENXIO) {
-        // The end of the file, or a hole up to it.
-        status.data = false;
-        status.zero = true;
-    } else if (data > static_cast<off_t>(offset)) {
-        status.data = false;
-        status.zero = true;
-        status.length = std::min(length, static_cast<uint64_t>(data) - offset);
-    } else if (data == static_cast<off_t>(offset)) {
-        const off_t hole = ::lseek(fd, static_cast<off_t>(offset), SEEK_HOLE);
-        if (hole > static_cast<off_t>(offset)) {
-            const auto end = static_cast<uint64_t>(hole);
-            status.length = std::min(length, end - offset);
-            const std::lock_guard lock(extent_mutex_);
-            data_begin_ = offset;
-            data_end_ = end;
+    const uint64_t end = offset + length;
+    const int64_t until = monotonic_ns() + kSeekShareNs;
+    uint64_t pos = offset;
+    size_t count = 0;
+    const auto add = [&](uint64_t to, bool data) {
+        BlockStatus& status = out[count++];
+        status = {};
+        status.length = std::min(to, end) - pos;
+        status.data = data;
+        status.zero = !data;
+        pos += status.length;
+    };
+    while (pos < end && count < out.size()) {
+        if (count % kSeeksPerClock == kSeeksPerClock - 1 && monotonic_ns() > until) break;
+        const off_t data = ::lseek(fd, static_cast<off_t>(pos), SEEK_DATA);
+        if (data < 0) {
+            // The end of the file, or a hole up to it; else it cannot tell.
+            add(end, errno != ENXIO);
+            break;
         }
-        // Else somebody made a hole here just now; "data" is never wrong.
-    }
-    return status;
-}
-
-Task<Result<BlockStatus>> FileNode::do_block_status(Request&, uint64_t offset, uint64_t length) {
-    BlockStatus status;
-    bool known = false;
-    {
+        if (static_cast<uint64_t>(data) > pos) {
+            add(static_cast<uint64_t>(data), false);
+            if (pos == end || count == out.size()) break;
+        }
+        const off_t hole = ::lseek(fd, static_cast<off_t>(pos), SEEK_HOLE);
+        if (hole <= static_cast<off_t>(pos)) {
+            // Somebody made a hole here just now; "data" is never wrong.
+            if (count == 0) add(end, true);
+            break;
+        }
+        const uint64_t begin = pos;
+        add(static_cast<uint64_t>(hole), true);
+        if (static_cast<uint64_t>(hole) < end && count < out.size()) continue;
         const std::lock_guard lock(extent_mutex_);
-        if (offset >= data_begin_ && offset < data_end_) {
-            known = true;
-            status.data = true;
-            status.length = std::min(length, data_end_ - offset);
-        }
-    }
-    if (!known) {
-        const int64_t begin = monotonic_ns();
-        // Usually two system calls of a microsecond; a cold extent tree is read from disk.
-        if (begin >= seek_slow_until_ns_.load(std::memory_order_relaxed)) {
-            status = status_of(offset, length);
-        } else {
-            status = co_await run_blocking([&] { return status_of(offset, length); });
-        }
-        const int64_t end = monotonic_ns();
-        if (end - begin > kSlowSeekNs) seek_slow_until_ns_.store(end + kSlowPeriodNs, std::memory_order_relaxed);
+        data_begin_ = begin;
+        data_end_ = static_cast<uint64_t>(hole);
     }
     // This layer decides for every byte: what is no data reads as zeroes.
-    status.allocated = true;
+    uint64_t at = offset;
+    for (BlockStatus& status : out.first(count)) {
+        status.allocated = true;
+        status.depth = 1;
+        status.file = this;
+        status.host_offset = at;
+        status.has_offset = true;
+        at += status.length;
+        status.eof = at >= size();
+    }
+    return count;
+}
+
+bool FileNode::known_data(uint64_t offset, uint64_t length, BlockStatus& status) {
+    const std::lock_guard lock(extent_mutex_);
+    if (offset < data_begin_ || offset >= data_end_) return false;
+    status = {};
+    status.length = std::min(length, data_end_ - offset);
+    status.data = status.allocated = status.has_offset = true;
     status.depth = 1;
     status.file = this;
     status.host_offset = offset;
-    status.has_offset = true;
     status.eof = offset + status.length >= size();
+    return true;
+}
+
+Task<Result<BlockStatus>> FileNode::do_block_status(Request& rq, uint64_t offset, uint64_t length) {
+    BlockStatus status;
+    if (!known_data(offset, length, status)) {
+        const Result<size_t> count = co_await do_block_statuses(rq, offset, length, std::span(&status, 1));
+        if (!count) co_return std::unexpected(count.error());
+    }
     co_return status;
+}
+
+Task<Result<size_t>> FileNode::do_block_statuses(Request&, uint64_t offset, uint64_t length,
+                                                 std::span<BlockStatus> out) {
+    if (known_data(offset, length, out[0])) co_return size_t{1};
+    size_t count = 0;
+    const int64_t begin = monotonic_ns();
+    // Usually a microsecond per system call; a cold extent tree is read from disk.
+    if (begin >= seek_slow_until_ns_.load(std::memory_order_relaxed)) {
+        count = statuses_of(offset, length, out);
+    } else {
+        count = co_await run_blocking([&] { return statuses_of(offset, length, out); });
+    }
+    const int64_t end = monotonic_ns();
+    if (end - begin > kSlowSeekNs) seek_slow_until_ns_.store(end + kSlowPeriodNs, std::memory_order_relaxed);
+    co_return count;
 }
 
 }  // namespace gantry::block

@@ -42,6 +42,11 @@ Task<Result<BlockStatus>> HostDeviceNode::do_block_status(Request& rq, uint64_t 
     return Node::do_block_status(rq, offset, length);
 }
 
+Task<Result<size_t>> HostDeviceNode::do_block_statuses(Request& rq, uint64_t offset, uint64_t length,
+                                                       std::span<BlockStatus> out) {
+    return Node::do_block_statuses(rq, offset, length, out);
+}
+
 Task<Result<>> HostDeviceNode::do_resize(uint64_t new_size) {
     const Result<uint64_t> now = co_await run_blocking([this] { return file_size(fd(), FileKind::kBlockDevice); });
     if (!now) co_return std::unexpected(now.error());

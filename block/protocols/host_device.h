@@ -13,6 +13,8 @@ class HostDeviceNode final : public FileNode {
     HostDeviceNode(std::string name, const NodeFlags& flags, FileOptions options, OpenedFile file, bool use_locks);
 
     Task<Result<BlockStatus>> do_block_status(Request& rq, uint64_t offset, uint64_t length) override;
+    Task<Result<size_t>> do_block_statuses(Request& rq, uint64_t offset, uint64_t length,
+                                           std::span<BlockStatus> out) override;
     /// Only to the size that the device has by now.
     Task<Result<>> do_resize(uint64_t new_size) override;
 
