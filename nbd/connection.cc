@@ -5,6 +5,7 @@
 #include <array>
 #include <cerrno>
 
+#include "nbd/authz/authz.h"
 #include "nbd/export.h"
 #include "nbd/server.h"
 #include "runtime/cross_loop.h"
@@ -21,7 +22,9 @@ constexpr unsigned kMaxOptions = 4096;
 
 /// The session on its loop; the descriptor is unknown to that loop afterwards.
 Task<SessionResult> transmit_here(int fd, block::Channel* channel, SessionConfig config, SessionCounters* counters) {
+    TlsStream* tls = config.tls;
     const SessionResult result = co_await serve_session(fd, *channel, std::move(config), *counters);
+    if (tls) co_await tls->bye(fd);
     channel->loop().forget_fd(fd);
     co_return result;
 }
@@ -45,12 +48,14 @@ Connection::Connection(Server& server, const ExportDirectory& exports, UniqueFd 
       fd_(std::move(fd)),
       limits_(limits),
       peer_(peer_name(fd_.get())),
-      handshake_(exports),
+      handshake_(exports, limits_.tls.mode()),
       credentials_(peer_credentials(fd_.get())) {}
 
 Task<void> Connection::run() {
     if (limits_.handshake_max.count() > 0) scope_.spawn(enforce_time_limit());
     const bool entered = co_await negotiate();
+    // Its time is part of the handshake's.
+    if (!entered && tls_) co_await tls_->bye(fd_.get());
     time_limit_.cancel();
     co_await scope_.join();
     Loop::current().forget_fd(fd_.get());
@@ -122,11 +127,44 @@ Task<bool> Connection::negotiate() {
             co_return false;
         }
         if (!alive || step == HandshakeStep::kClose) co_return false;
+        if (step == HandshakeStep::kStartTls) {
+            alive = co_await start_tls();
+            if (!alive) co_return false;
+        }
         // A client that floods options takes turns with everybody else.
         if (options >= 16) co_await sleep_for(std::chrono::nanoseconds(0));
     }
     violation_ = "too many options";
     co_return false;
+}
+
+Task<bool> Connection::start_tls() {
+    // What follows STARTTLS in the clear is still in the socket: it goes to the TLS engine and nowhere else.
+    auto stream = TlsStream::create(limits_.tls.object->credentials());
+    if (!stream) {
+        log::error("NBD client {}: {}", peer_, stream.error().message());
+        co_return false;
+    }
+    const Result<> shaken = co_await (*stream)->handshake(fd_.get());
+    if (!shaken) {
+        // Who just went away is no news.
+        if (shaken.error().kind() == ErrorKind::kShutdown) co_return false;
+        violation_ = shaken.error().message();
+        co_return false;
+    }
+    if (!limits_.tls.authz.empty()) {
+        const Result<> allowed = co_await authorize(limits_.tls.authz, (*stream)->peer_name());
+        if (!allowed) {
+            violation_ = allowed.error().message();
+            co_await (*stream)->bye(fd_.get());
+            co_return false;
+        }
+    }
+    tls_ = std::move(*stream);
+    handshake_.enter_tls();
+    log::debug("NBD client {} speaks {}{}{}", peer_, tls_->summary(), tls_->peer_name().empty() ? "" : " as ",
+               tls_->peer_name());
+    co_return true;
 }
 
 Task<void> Connection::transmit() {
@@ -138,6 +176,7 @@ Task<void> Connection::transmit() {
     config.contexts = handshake_.result().contexts;
     config.read_only = !exp.writable();
     config.memory_limit = limits_.memory;
+    config.tls = tls_.get();
     block::Channel* channel = co_await exp.root().channel(*loop_);
     const SessionResult result =
         co_await run_on(*loop_, transmit_here(fd_.get(), channel, std::move(config), &counters_));
@@ -159,6 +198,7 @@ json::object Connection::details() const {
         info["export"] = export_->id();
         info["name"] = export_->name();
     }
+    if (tls_ && !tls_->peer_name().empty()) info["tls-subject"] = tls_->peer_name();
     if (credentials_) {
         info["pid"] = credentials_->pid;
         info["uid"] = credentials_->uid;
@@ -172,10 +212,20 @@ json::object Connection::details() const {
     return info;
 }
 
+Task<int> Connection::receive_some(std::span<uint8_t> into) {
+    int n = 0;
+    if (tls_) {
+        n = co_await tls_->recv(fd_.get(), into.data(), into.size());
+    } else {
+        n = co_await io_recv(fd_.get(), into.data(), into.size());
+    }
+    co_return n;
+}
+
 Task<bool> Connection::receive(std::span<uint8_t> into) {
     size_t have = 0;
     while (have < into.size()) {
-        const int n = co_await io_recv(fd_.get(), into.data() + have, into.size() - have);
+        const int n = co_await receive_some(into.subspan(have));
         if (n == -EINTR) continue;
         if (n <= 0) co_return false;
         have += static_cast<size_t>(n);
@@ -187,7 +237,7 @@ Task<bool> Connection::skip(uint64_t bytes) {
     std::vector<uint8_t> scratch(64u << 10);
     while (bytes > 0) {
         const size_t ask = static_cast<size_t>(std::min<uint64_t>(bytes, scratch.size()));
-        const int n = co_await io_recv(fd_.get(), scratch.data(), ask);
+        const int n = co_await receive_some(std::span(scratch).first(ask));
         if (n == -EINTR) continue;
         if (n <= 0) co_return false;
         bytes -= static_cast<uint64_t>(n);
@@ -199,7 +249,12 @@ Task<bool> Connection::skip(uint64_t bytes) {
 Task<bool> Connection::send(std::span<const uint8_t> bytes) {
     size_t sent = 0;
     while (sent < bytes.size()) {
-        const int n = co_await io_send(fd_.get(), bytes.data() + sent, bytes.size() - sent);
+        int n = 0;
+        if (tls_) {
+            n = co_await tls_->send(fd_.get(), bytes.data() + sent, bytes.size() - sent);
+        } else {
+            n = co_await io_send(fd_.get(), bytes.data() + sent, bytes.size() - sent);
+        }
         if (n == -EINTR) continue;
         if (n <= 0) co_return false;
         sent += static_cast<size_t>(n);

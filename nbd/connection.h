@@ -10,6 +10,8 @@
 
 #include "nbd/handshake/handshake.h"
 #include "nbd/session.h"
+#include "nbd/tls/policy.h"
+#include "nbd/tls/stream.h"
 #include "runtime/socket.h"
 #include "runtime/task_scope.h"
 #include "runtime/timer.h"
@@ -24,6 +26,7 @@ class Server;
 struct ConnectionLimits {
     std::chrono::seconds handshake_max{10};  // 0: none
     uint64_t memory = 64u << 20;             // of a session
+    TlsPolicy tls;
 };
 
 /// Main loop, except for the session, which runs on a loop of the export.
@@ -49,8 +52,11 @@ class Connection {
 
   private:
     Task<bool> negotiate();
+    /// STARTTLS is acknowledged. False: no way back, the connection ends.
+    Task<bool> start_tls();
     Task<void> transmit();
     Task<void> enforce_time_limit();
+    Task<int> receive_some(std::span<uint8_t> into);
     Task<bool> receive(std::span<uint8_t> into);
     Task<bool> skip(uint64_t bytes);
     Task<bool> send(std::span<const uint8_t> bytes);
@@ -66,7 +72,8 @@ class Connection {
     bool good_bye_ = false;
     std::optional<PeerCredentials> credentials_;
     const Clock::time_point since_ = Clock::now();
-    std::string_view violation_;
+    std::string violation_;
+    std::unique_ptr<TlsStream> tls_;  // moves to the loop of the session and back
     Timer time_limit_;
     TaskScope scope_;
     SessionCounters counters_;

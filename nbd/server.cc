@@ -100,7 +100,7 @@ std::vector<ExportDirectory::Listed> Server::Impl::list() const {
 
 ConnectionLimits Server::Impl::limits() const {
     const uint64_t share = kServerMemory / (clients.size() + 1);
-    return {options.handshake_max, std::clamp(share, kSessionMemoryMin, kSessionMemoryMax)};
+    return {options.handshake_max, std::clamp(share, kSessionMemoryMin, kSessionMemoryMax), options.tls};
 }
 
 Task<void> Server::Impl::accept_clients(Listener* listener) {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "exports/export.h"
+#include "nbd/tls/policy.h"
 #include "runtime/unique_fd.h"
 
 namespace gantry::nbd {
@@ -22,6 +23,7 @@ struct ServerOptions {
     json::array more_addresses;              // further ones, of the same kind
     uint32_t max_connections = 100;          // 0 = unlimited
     std::chrono::seconds handshake_max{10};  // 0 = no limit
+    TlsPolicy tls;
     /// Turns an address of type "fd" (a name or number) into a listening socket; from cli (socket activation, getfd).
     std::function<Result<UniqueFd>(std::string_view name)> resolve_fd;
 };

@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "nbd/tls/stream.h"
 #include "runtime/io.h"
 
 namespace gantry::nbd {
@@ -251,15 +252,18 @@ Task<bool> Session::fill() {
     const size_t ask = std::min(kReceiveSize - end_, wanted);
     if (replies_.empty()) replies_.release_arena();
     ssize_t n = -EAGAIN;
-    if (more_expected_) {
-        n = ::recv(fd_, in_.data() + end_, ask, MSG_DONTWAIT);
-        if (n < 0) n = -errno;
-    }
+    // With TLS, more may be decrypted than was asked for.
+    if (more_expected_ || config_.tls) n = receive_now({in_.data() + end_, ask}, {});
     if (n == -EAGAIN || n == -EINTR) {
         foresee();
+        if (config_.tls && all_sent()) config_.tls->release_buffers();
         const auto turn = channel_.loop().turn_time();
         const auto wait_began = Clock::now();
-        n = co_await io_recv(fd_, in_.data() + end_, ask);
+        if (config_.tls) {
+            n = co_await config_.tls->recv(fd_, in_.data() + end_, ask);
+        } else {
+            n = co_await io_recv(fd_, in_.data() + end_, ask);
+        }
         came_as_answer_ = Clock::now() - wait_began >= kAnswerTime;
         // Data that was there already did not let others run.
         if (channel_.loop().turn_time() != turn) {
@@ -303,15 +307,18 @@ Task<bool> Session::receive_payload() {
     while (have < rq.length) {
         // The receive buffer is empty now; what follows the payload goes there.
         pos_ = end_ = 0;
-        iovec iov[2] = {{data.data() + have, rq.length - have}, {in_.data(), window_}};
-        msghdr message{};
-        message.msg_iov = iov;
-        message.msg_iovlen = 2;
-        ssize_t n = ::recvmsg(fd_, &message, MSG_DONTWAIT);
-        if (n < 0) n = -errno;
+        ssize_t n = receive_now({data.data() + have, rq.length - have}, {in_.data(), window_});
         if (n == -EAGAIN || n == -EINTR) {
             const auto turn = channel_.loop().turn_time();
-            n = co_await io_recvmsg(fd_, &message);
+            if (config_.tls) {
+                n = co_await config_.tls->recv(fd_, data.data() + have, rq.length - have);
+            } else {
+                iovec iov[2] = {{data.data() + have, rq.length - have}, {in_.data(), window_}};
+                msghdr message{};
+                message.msg_iov = iov;
+                message.msg_iovlen = 2;
+                n = co_await io_recvmsg(fd_, &message);
+            }
             if (channel_.loop().turn_time() != turn) since_pause = 0;
         }
         if (n == -EINTR || n == -EAGAIN) continue;
@@ -344,7 +351,7 @@ Task<bool> Session::skip_payload() {
         skip_left_ -= here;
         if (skip_left_ == 0) break;
         pos_ = end_ = 0;
-        const int n = co_await io_recv(fd_, in_.data(), kReceiveSize);
+        const int n = co_await receive(in_.data(), kReceiveSize);
         if (n == -EINTR || n == -EAGAIN) continue;
         if (end_of_input(n)) co_return false;
         end_ = static_cast<size_t>(n);
@@ -358,6 +365,31 @@ Task<bool> Session::skip_payload() {
     reply_error(pending_, pending_verdict_.error, pending_verdict_.reason);
     reading_ = false;
     co_return true;
+}
+
+Task<int> Session::receive(void* data, size_t size) {
+    int n = 0;
+    if (config_.tls) {
+        n = co_await config_.tls->recv(fd_, data, size);
+    } else {
+        n = co_await io_recv(fd_, data, size);
+    }
+    co_return n;
+}
+
+ssize_t Session::receive_now(iovec into, iovec more) {
+    if (config_.tls) return config_.tls->try_recv(fd_, into.iov_base, into.iov_len);
+    ssize_t n = 0;
+    if (more.iov_len == 0) {
+        n = ::recv(fd_, into.iov_base, into.iov_len, MSG_DONTWAIT);
+    } else {
+        iovec iov[2] = {into, more};
+        msghdr message{};
+        message.msg_iov = iov;
+        message.msg_iovlen = 2;
+        n = ::recvmsg(fd_, &message, MSG_DONTWAIT);
+    }
+    return n < 0 ? -errno : n;
 }
 
 }  // namespace gantry::nbd

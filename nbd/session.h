@@ -20,6 +20,8 @@
 
 namespace gantry::nbd {
 
+class TlsStream;
+
 /// Counters of one connection: written by its loop, read by any thread. A cache line of their own.
 struct alignas(64) SessionCounters {
     std::atomic<uint64_t> requests{0};
@@ -37,6 +39,8 @@ struct SessionConfig {
     /// Request data and unsent replies together; never below one request of the maximum payload.
     uint64_t memory_limit = 64u << 20;
     uint32_t max_in_flight = 128;
+    /// Bytes go through it when it is there; the handshake is done, it outlives the session.
+    TlsStream* tls = nullptr;
 };
 
 enum class SessionEnd : uint8_t {
@@ -82,6 +86,10 @@ class Session {
     void foresee();
     Task<bool> receive_payload();
     Task<bool> skip_payload();
+    /// Waits for at least one byte; io_recv().
+    Task<int> receive(void* data, size_t size);
+    /// What is there already, -EAGAIN: nothing. May take bytes that follow into `more`.
+    ssize_t receive_now(iovec into, iovec more);
     Task<void> read_requests();
     bool end_of_input(int result);
     void violation(std::string_view why);
@@ -134,6 +142,8 @@ class Session {
     void flush();
     enum class Sent : uint8_t { kAll, kFull, kShare };
     Sent send_now();
+    Sent send_encrypted();
+    bool all_sent() const;
     void wake_writer();
     Task<void> writer();
     void drop_connection();

@@ -6,6 +6,7 @@
 #include <cerrno>
 
 #include "nbd/session.h"
+#include "nbd/tls/stream.h"
 #include "runtime/io.h"
 
 namespace gantry::nbd {
@@ -15,6 +16,9 @@ namespace {
 constexpr size_t kMaxIovecs = 128;
 /// Sent at one go before others on this loop run.
 constexpr size_t kSendShare = 2u << 20;
+/// The same with TLS, where each byte costs much more; and what is encrypted for one sendmsg.
+constexpr size_t kEncryptShare = 512u << 10;
+constexpr size_t kEncryptAtOnce = 128u << 10;
 
 }  // namespace
 
@@ -25,6 +29,7 @@ void Session::flush() {
 }
 
 Session::Sent Session::send_now() {
+    if (config_.tls) return send_encrypted();
     size_t share = kSendShare;
     while (!replies_.empty()) {
         iovec iov[kMaxIovecs];
@@ -45,6 +50,31 @@ Session::Sent Session::send_now() {
     return Sent::kAll;
 }
 
+Session::Sent Session::send_encrypted() {
+    TlsStream& tls = *config_.tls;
+    size_t share = kEncryptShare;
+    while (!all_sent()) {
+        if (tls.unsent() == 0) {
+            if (share == 0) return Sent::kShare;
+            iovec iov[kMaxIovecs];
+            const size_t count = replies_.gather(iov, kMaxIovecs);
+            const int n = tls.encrypt(iov, count, std::min(share, kEncryptAtOnce));
+            if (n < 0) {
+                drop_connection();
+                break;
+            }
+            replies_.consume(static_cast<size_t>(n));
+            share -= static_cast<size_t>(n);
+        }
+        const int sent = tls.try_flush(fd_);
+        if (sent == -EAGAIN) return Sent::kFull;
+        if (sent < 0) drop_connection();
+    }
+    return Sent::kAll;
+}
+
+bool Session::all_sent() const { return replies_.empty() && (!config_.tls || broken_ || config_.tls->unsent() == 0); }
+
 void Session::wake_writer() {
     if (writer_busy_) return;
     writer_busy_ = true;
@@ -55,7 +85,7 @@ Task<void> Session::writer() {
     for (;;) {
         // What other coroutines finish before this one runs leaves in the same sendmsg.
         while (!writer_busy_) co_await writer_wake_.wait();
-        while (!replies_.empty()) {
+        while (!all_sent()) {
             const Sent sent = send_now();
             if (sent == Sent::kAll) break;
             room_.notify_all();

@@ -17,6 +17,7 @@ Result<nbd::ServerOptions> nbd_server_options(const Services& services, const js
     out.max_connections = static_cast<uint32_t>(options.size("max-connections", out.max_connections));
     out.handshake_max = std::chrono::seconds(options.integer("handshake-max-seconds", out.handshake_max.count()));
     out.resolve_fd = services.resolve_fd;
+    TRY(out.tls, nbd::tls_policy(arguments));
     return out;
 }
 

@@ -1,4 +1,4 @@
-// object-add, object-del, query-iothreads.
+// object-add, object-del, query-iothreads, tls-creds-reload.
 
 #include "qmp/command.h"
 #include "qmp/objects.h"
@@ -29,8 +29,17 @@ Task<Result<json::value>> query_iothreads(Services& services, json::object) {
     co_return json::value(std::move(list));
 }
 
+Task<Result<json::value>> tls_creds_reload(Services& services, json::object arguments) {
+    Result<> reloaded = co_await services.objects.tls().reload(schema::Options(arguments).str("id"));
+    co_return done(std::move(reloaded));
+}
+
 constexpr HandlerRow kHandlers[] = {
-    {"object-add", object_add}, {"object-del", object_del}, {"query-iothreads", query_iothreads}};
+    {"object-add", object_add},
+    {"object-del", object_del},
+    {"query-iothreads", query_iothreads},
+    {"tls-creds-reload", tls_creds_reload},
+};
 
 }  // namespace
 

@@ -18,8 +18,15 @@ Result<int64_t> non_negative(const schema::Options& options, std::string_view ke
 }  // namespace
 
 Objects::Objects(Runtime& runtime, exports::Registry& exports, block::crypto::Secrets& secrets)
-    : runtime_(runtime), exports_(exports), secrets_(secrets) {
-    secrets_.set_other_objects([this](std::string_view id) { return iothreads_.contains(id); });
+    : runtime_(runtime), exports_(exports), secrets_(secrets), tls_(secrets) {
+    // Each asks about ids that are not its own.
+    secrets_.set_other_objects([this](std::string_view id) { return exists(id); });
+    tls_.set_other_objects([this](std::string_view id) { return exists(id); });
+    authz_.set_other_objects([this](std::string_view id) { return exists(id); });
+}
+
+bool Objects::exists(std::string_view id) const {
+    return iothreads_.contains(id) || secrets_.has(id) || tls_.has(id) || authz_.has(id);
 }
 
 Task<Result<>> Objects::add(json::object raw) {
@@ -30,13 +37,29 @@ Task<Result<>> Objects::add(json::object raw) {
             ErrorKind::kInvalid,
             "Parameter 'id' expects an identifier; '{}' is not letters, digits, '-', '.', '_' after a letter", id);
     }
-    if (iothreads_.contains(id) || secrets_.has(id)) {
+    if (exists(id) || coming_.contains(id)) {
         co_return fail(ErrorKind::kExists, "attempt to add duplicate property '{}' to object (type 'container')", id);
     }
     const std::string type = options.str("qom-type");
-    if (type == "iothread") co_return add_iothread(raw);
-    CHECK(type == "secret" || type == "secret_keyring", "the schema lists the object types that exist");
-    co_return co_await secrets_.add(std::move(raw));
+    coming_.insert(id);
+    Result<> added = co_await add_kind(type, std::move(raw));
+    coming_.erase(id);
+    co_return added;
+}
+
+Task<Result<>> Objects::add_kind(std::string type, json::object raw) {
+    Result<> added;
+    if (type == "iothread") {
+        added = add_iothread(raw);
+    } else if (type.starts_with("tls-creds-")) {
+        added = co_await tls_.add(std::move(raw));
+    } else if (type.starts_with("authz-")) {
+        added = co_await authz_.add(std::move(raw));
+    } else {
+        CHECK(type == "secret" || type == "secret_keyring", "the schema lists the object types that exist");
+        added = co_await secrets_.add(std::move(raw));
+    }
+    co_return added;
 }
 
 Result<> Objects::add_iothread(const json::object& raw) {
@@ -67,7 +90,8 @@ Result<> Objects::add_iothread(const json::object& raw) {
 }
 
 Result<> Objects::remove(std::string_view id) {
-    if (secrets_.remove(id)) return {};
+    if (secrets_.remove(id) || authz_.remove(id)) return {};
+    if (tls_.has(id)) return tls_.remove(id);
     auto it = iothreads_.find(id);
     if (it == iothreads_.end()) return fail(ErrorKind::kNotFound, "object '{}' not found", id);
     if (auto removed = exports_.remove_iothread(id); !removed) {
@@ -85,6 +109,8 @@ void Objects::clear() {
         runtime_.remove_loop(it->second.loop);
         iothreads_.erase(it);
     }
+    tls_.clear();
+    authz_.clear();
     secrets_.clear();
 }
 

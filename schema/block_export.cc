@@ -29,8 +29,6 @@ constexpr Branch kIothreadsBranches[] = {
 constinit const Type kIothreads =
     alternate_type("BlockExportIothreads", "An iothread, or several that share the connections.", kIothreadsBranches);
 
-constexpr std::string_view kNoTls = "not in this build: TLS is not built";
-
 constexpr Member kNbdBaseMembers[] = {
     optional("name", kStr, "the node's name", "what clients ask for; at most 4096 bytes"),
     optional("description", kStr, "", "text for people who list the exports; at most 4096 bytes"),
@@ -103,14 +101,18 @@ constexpr Member kMaxConnections =
     optional("max-connections", kUint32, "100", "clients served at the same time, others wait; 0: no limit");
 constexpr Member kHandshakeSeconds = optional("handshake-max-seconds", kUint32, "10",
                                               "a client that has not chosen an export by then is cut off; 0: no limit");
-constexpr Absent kServerAbsent[] = {
-    {"tls-creds", kNoTls},
-    {"tls-authz", kNoTls},
-};
-constexpr Member kServerMembers[] = {kServerAddress, kServerId, kHandshakeSeconds, kMaxConnections};
-constinit const Type kServerOptions = struct_type("NbdServerOptions", "An NBD server.", kServerMembers, kServerAbsent);
-constexpr Member kServerStartMembers[] = {kServerAddress, kServerId, kHandshakeSeconds, kMaxConnections};
-constinit const Type kServerStartArguments = struct_type("", "", kServerStartMembers, kServerAbsent);
+constexpr Member kTlsCreds =
+    optional("tls-creds", kStr, "no TLS", "id of TLS credentials with endpoint=server; clients must use TLS");
+constexpr Member kTlsAuthz = optional("tls-authz", kStr, "whoever TLS lets in",
+                                      "id of an authorization object, looked up for each client and asked about the "
+                                      "name in its certificate; while it does not exist nobody is let in");
+constexpr Member kTlsRequired = optional("tls-required", kBool, "on", "off: clients may use TLS and need not");
+constexpr Member kServerMembers[] = {kServerAddress, kServerId, kHandshakeSeconds, kMaxConnections,
+                                     kTlsCreds,      kTlsAuthz, kTlsRequired};
+constinit const Type kServerOptions = struct_type("NbdServerOptions", "An NBD server.", kServerMembers);
+constexpr Member kServerStartMembers[] = {kServerAddress, kServerId, kHandshakeSeconds, kMaxConnections,
+                                          kTlsCreds,      kTlsAuthz, kTlsRequired};
+constinit const Type kServerStartArguments = struct_type("", "", kServerStartMembers);
 
 constexpr Member kServerStopMembers[] = {
     optional("id", kStr, "", "the server; empty: the one without an id"),

@@ -1,5 +1,7 @@
 #include "nbd/handshake/handshake.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 
 #include "nbd/handshake/options.h"
@@ -26,10 +28,21 @@ bool Handshake::client_flags(uint32_t flags) {
     return true;
 }
 
+/// TLS required and not there: nothing but STARTTLS and ABORT is listened to, and nothing is told.
+bool Handshake::refuse_in_the_clear(uint32_t number, OptionOutput& output, HandshakeStep& step) const {
+    if (tls_ != TlsMode::kRequired || secure_ || number == kOptStartTls || number == kOptAbort) return false;
+    step = HandshakeStep::kClose;
+    if (number == kOptExportName) return true;
+    output.error(kRepErrTlsRequired, fmt::format("Option {:#x} not permitted before TLS", number));
+    step = HandshakeStep::kContinue;
+    return true;
+}
+
 HandshakeStep Handshake::option(uint32_t number, std::span<const uint8_t> payload, std::vector<uint8_t>& out) {
     // Without C_FIXED_NEWSTYLE the client cannot read option replies.
     if (!fixed_ && number != kOptExportName) return HandshakeStep::kClose;
     OptionOutput output(number, out);
+    if (HandshakeStep step{}; refuse_in_the_clear(number, output, step)) return step;
     for (const OptionRow& row : kOptionTable) {
         if (row.number == number) return row.handle(*this, payload, output);
     }
@@ -44,6 +57,7 @@ HandshakeStep Handshake::oversized_option(uint32_t number, std::vector<uint8_t>&
         output.ack();
         return HandshakeStep::kClose;
     }
+    if (HandshakeStep step{}; refuse_in_the_clear(number, output, step)) return step;
     const bool known = std::ranges::any_of(kOptionTable, [&](const OptionRow& row) { return row.number == number; });
     // A failed SET_META_CONTEXT drops the earlier selection too.
     if (number == kOptSetMetaContext) selection_.clear();

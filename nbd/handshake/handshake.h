@@ -43,7 +43,15 @@ class ExportDirectory {
 enum class HandshakeStep : uint8_t {
     kContinue,  // send the output, next option
     kEnter,     // send the output, then transmission with result()
+    kStartTls,  // send the output, then the TLS handshake, enter_tls(), next option
     kClose,     // send the output, then close
+};
+
+/// spec/nbd.md section 4.1.
+enum class TlsMode : uint8_t {
+    kNone,      // there are no credentials
+    kOptional,  // STARTTLS is there for who wants it
+    kRequired,  // nothing else works before it
 };
 
 /// What transmission needs to know.
@@ -73,7 +81,7 @@ class OptionOutput {
 /// Own loop of its connection only.
 class Handshake {
   public:
-    explicit Handshake(const ExportDirectory& exports) : exports_(exports) {}
+    explicit Handshake(const ExportDirectory& exports, TlsMode tls = TlsMode::kNone) : exports_(exports), tls_(tls) {}
 
     /// False: the connection ends (unknown bits).
     [[nodiscard]] bool client_flags(uint32_t flags);
@@ -91,8 +99,12 @@ class Handshake {
     void set_structured() { structured_ = true; }
     bool extended() const { return extended_; }
     void set_extended() { extended_ = true; }
-    /// Nothing that was said in the clear counts inside TLS.
-    void forget_negotiated() {
+    TlsMode tls() const { return tls_; }
+    /// Inside TLS.
+    bool secure() const { return secure_; }
+    /// The TLS handshake is done: nothing that was said in the clear counts any more.
+    void enter_tls() {
+        secure_ = true;
         structured_ = extended_ = false;
         selection_.clear();
     }
@@ -104,7 +116,11 @@ class Handshake {
     uint16_t transmission_flags(std::string_view name, const ExportFacts& facts) const;
 
   private:
+    bool refuse_in_the_clear(uint32_t number, OptionOutput& output, HandshakeStep& step) const;
+
     const ExportDirectory& exports_;
+    const TlsMode tls_;
+    bool secure_ = false;
     bool fixed_ = false;
     bool no_zeroes_ = false;
     bool structured_ = false;

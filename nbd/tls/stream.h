@@ -28,7 +28,8 @@ class TlsStream {
 
     /// Handshake and verification of the peer. Cryptography runs on the blocking pool. Ends early when the socket is
     /// shut down. On failure an alert was sent as far as the socket took it; the connection is of no use. The text says
-    /// what is wrong with which certificate, or what the peer complained about. Once, before anything else.
+    /// what is wrong with which certificate, or what the peer complained about; kShutdown: the peer just left. Once,
+    /// before anything else.
     Task<Result<>> handshake(int fd);
 
     /// At most `size` bytes; waits for at least one. 0: the peer said good-bye (close_notify). -errno: ECONNABORTED
@@ -36,9 +37,6 @@ class TlsStream {
     Task<int> recv(int fd, void* data, size_t size);
     /// The same without waiting: -EAGAIN when a record is not complete.
     int try_recv(int fd, void* data, size_t size);
-    /// True when try_recv() may give data without a system call.
-    bool buffered() const { return in_pos_ != in_end_ || decrypted(); }
-
     /// Encrypts bytes of the list in full records (a list is not padded to records: gather before), at most `limit`
     /// bytes; how many were taken, or -EPROTO. They wait in unsent() for flush().
     int encrypt(const iovec* iov, size_t count, size_t limit);
@@ -69,7 +67,7 @@ class TlsStream {
   private:
     friend struct Session;
     TlsStream();
-    bool decrypted() const;
+    int try_fill(int fd);
     Task<int> fill(int fd);
     Task<int> drain(int fd);
 

@@ -145,8 +145,6 @@ TEST_CASE("validate: what is known but absent is refused with the reason", "[sch
          "Parameter 'type' does not accept value 'fuse'; not in this build: "},
         {"object-add", R"({"qom-type": "throttle-group", "id": "s"})",
          "Parameter 'qom-type' does not accept value 'throttle-group'; not in this build: "},
-        {"nbd-server-start", R"({"addr": {"type": "unix", "data": {"path": "x"}}, "tls-creds": "t"})",
-         "Parameter 'tls-creds' is unexpected; not in this build: "},
         {"blockdev-add", R"({"driver": "qcow2", "file": {"driver": "file", "filename": "f", "pr-manager": "p"}})",
          "Parameter 'file.pr-manager' is unexpected; not in this build: "},
         {"blockdev-add", R"({"driver": "raw", "file": "f", "aio": "native"})",
