@@ -41,13 +41,6 @@ Result<std::unique_ptr<exports::Export>> NbdExport::create(exports::ExportContex
     if (name.find('\0') != std::string::npos || description.find('\0') != std::string::npos) {
         return fail(ErrorKind::kInvalid, "export name and description cannot contain NUL bytes");
     }
-    if (const json::value* bitmaps = options.find("bitmaps");
-        bitmaps && bitmaps->is_array() && !bitmaps->get_array().empty()) {
-        return fail(ErrorKind::kUnsupported, "'bitmaps' is not served by this build");
-    }
-    if (options.flag("allocation-depth")) {
-        return fail(ErrorKind::kUnsupported, "'allocation-depth' is not served by this build");
-    }
     return std::make_unique<NbdExport>(std::move(context));
 }
 
@@ -67,7 +60,12 @@ Task<Result<>> NbdExport::start() {
     if (!server) {
         co_return fail(ErrorKind::kInvalid, "NBD server not running: there is none with id '{}'; start it first", id);
     }
-    CO_CHECK(server->add_export(*this));
+    CO_CHECK(co_await contexts_.acquire(root(), context_.options, writable(), root().user()));
+    Result<> added = server->add_export(*this);
+    if (!added) {
+        co_await contexts_.release();
+        co_return added;
+    }
     server_ = server;
     co_return Result<>();
 }
@@ -77,6 +75,7 @@ Task<void> NbdExport::stop() {
     for (Connection* connection : connections_) connection->cut();
     while (!connections_.empty()) co_await left_.wait();
     server_ = nullptr;
+    co_await contexts_.release();
 }
 
 ExportFacts NbdExport::facts(bool multi_conn) const {
@@ -95,6 +94,7 @@ ExportFacts NbdExport::facts(bool multi_conn) const {
     // One node behind all connections, no cache of their own: what one connection flushed all have.
     if (multi_conn) facts.flags |= kCanMultiConn;
     facts.minimum_block = minimum_block(facts.size, limits.request_alignment);
+    facts.contexts = contexts_.list();
     facts.preferred_block = std::max(kPreferredBlock, facts.minimum_block);
     // The block layer splits: larger requests than advertised are served all the same, up to kMaxPayload.
     const uint64_t transfer = limits.max_transfer == 0 ? kMaxPayload : limits.max_transfer;

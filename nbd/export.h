@@ -7,6 +7,7 @@
 #include <string>
 
 #include "exports/export.h"
+#include "nbd/export_contexts.h"
 #include "nbd/handshake/handshake.h"
 #include "runtime/sync.h"
 
@@ -44,6 +45,7 @@ class NbdExport final : public exports::Export {
     Server* server_ = nullptr;  // while started
     std::list<Connection*> connections_;
     size_t next_loop_ = 0;
+    ExportContexts contexts_;
     WaitQueue left_;
 };
 

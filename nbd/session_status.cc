@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "block/bitmap.h"
 #include "nbd/extent_list.h"
 #include "nbd/session.h"
 #include "nbd/wire_error.h"
@@ -13,8 +14,13 @@ namespace gantry::nbd {
 
 namespace {
 
-/// Queries of one request before others on this loop run.
-constexpr unsigned kQueriesPerTurn = 64;
+/// Parts that are asked for at once; then others on this loop run.
+constexpr size_t kPartsAtOnce = 128;
+/// Whether the client is still there is looked at every so many turns.
+constexpr unsigned kTurnsPerLook = 16;
+/// Runs of a bitmap, and granules of one run, that are walked over before others on this loop run.
+constexpr unsigned kRunsPerTurn = 4096;
+constexpr uint64_t kGranulesPerStep = 1u << 22;
 
 uint32_t allocation_flags(const block::BlockStatus& status) {
     return (status.data ? 0 : kStateHole) | (status.zero ? kStateZero : 0);
@@ -26,26 +32,65 @@ bool hung_up(int fd) {
     return ::poll(&p, 1, 0) == 1 && (p.revents & (POLLHUP | POLLERR));
 }
 
-/// base:allocation of [offset, offset + length); at least one extent. Hundreds of thousands of queries if the image is
-/// fragmented: given up (kShutdown) when the client on `fd` is gone, so that a removal does not wait for them.
-Task<Result<ExtentList>> query_allocation(block::Channel& channel, int fd, uint64_t offset, uint64_t length,
-                                          uint32_t limit, bool wide) {
-    ExtentList extents(limit, wide);
-    Timer pause;
-    unsigned queries = 0;
-    for (uint64_t at = 0; at < length;) {
-        if (++queries % kQueriesPerTurn == 0) {
-            co_await pause.until(Clock::time_point::min());
-            if (hung_up(fd)) co_return fail(ErrorKind::kShutdown, "the client is gone");
-        }
-        const Result<block::BlockStatus> status = co_await channel.block_status(offset + at, length - at);
-        if (!status) co_return std::unexpected(status.error());
-        const uint64_t part = std::min<uint64_t>(status->length, length - at);
-        if (part == 0 || !extents.add(part, allocation_flags(*status))) break;
-        at += part;
+/// Lets others run now and then, and says when nobody waits for the answer any more.
+class Pace {
+  public:
+    explicit Pace(int fd) : fd_(fd) {}
+    Task<Result<>> turn() {
+        co_await pause_.until(Clock::time_point::min());
+        if (++turns_ % kTurnsPerLook == 0 && hung_up(fd_)) co_return fail(ErrorKind::kShutdown, "the client is gone");
+        co_return Result<>();
     }
-    if (extents.count() == 0) co_return fail(ErrorKind::kIo, "the node gave no block status");
-    co_return std::move(extents);
+
+  private:
+    int fd_;
+    unsigned turns_ = 0;
+    Timer pause_;
+};
+
+/// base:allocation and qemu:allocation-depth of [offset, offset + length), in one walk; null: not asked for. At least
+/// one extent each. Hundreds of thousands of parts if the image is fragmented: given up (kShutdown) when the client is
+/// gone, so that a removal does not wait for them.
+Task<Result<>> walk_node(block::Channel& channel, Pace& pace, uint64_t offset, uint64_t length, ExtentList* allocation,
+                         ExtentList* depth) {
+    std::vector<block::BlockStatus> parts(std::min<uint64_t>(kPartsAtOnce, length));
+    for (uint64_t at = 0; at < length && (allocation || depth);) {
+        const Result<size_t> count = co_await channel.block_statuses(offset + at, length - at, parts);
+        if (!count) co_return std::unexpected(count.error());
+        for (const block::BlockStatus& part : std::span(parts).first(*count)) {
+            if (allocation && !allocation->add(part.length, allocation_flags(part))) allocation = nullptr;
+            if (depth && !depth->add(part.length, part.depth)) depth = nullptr;
+            at += part.length;
+        }
+        if (at < length) CO_CHECK(co_await pace.turn());
+    }
+    co_return Result<>();
+}
+
+/// qemu:dirty-bitmap:NAME. What lies beyond the bitmap is clean. One that lost its bits may have been written anywhere.
+Task<Result<>> walk_bitmap(const block::DirtyBitmap& bitmap, Pace& pace, uint64_t offset, uint64_t length,
+                           ExtentList& extents) {
+    const uint64_t end = offset + length;
+    const uint64_t step = kGranulesPerStep * bitmap.granularity();
+    unsigned runs = 0;
+    for (uint64_t at = offset; at < end;) {
+        uint64_t next = end;
+        bool dirty = bitmap.inconsistent;
+        if (!dirty && at < bitmap.size()) {
+            dirty = bitmap.is_dirty(at);
+            next = std::min(end, bitmap.end_of_run(at, dirty, at + std::min(step, end - at)));
+            runs += static_cast<unsigned>(1 + (next - at) / (step / kRunsPerTurn + 1));
+        }
+        // Marked meanwhile: seen again as what it is now.
+        if (next == at) continue;
+        if (!extents.add(next - at, dirty ? kStateDirty : 0)) break;
+        at = next;
+        if (runs >= kRunsPerTurn && at < end) {
+            runs = 0;
+            CO_CHECK(co_await pace.turn());
+        }
+    }
+    co_return Result<>();
 }
 
 }  // namespace
@@ -82,23 +127,45 @@ Task<void> Session::do_block_status(RequestHeader rq, std::vector<uint16_t> chos
     const size_t count = chosen.empty() ? config_.contexts.size() : chosen.size();
     const bool one = rq.flags & kCmdReqOne;
     const uint32_t limit = one ? 1 : std::max<uint32_t>(1, kMaxStatusExtents / static_cast<uint32_t>(count));
-    for (size_t i = 0; i < count; ++i) {
-        const MetaContext& context = config_.contexts[chosen.empty() ? i : chosen[i]];
-        Result<ExtentList> extents =
-            co_await query_allocation(channel_, fd_, rq.offset, rq.length, limit, config_.extended);
-        if (!extents) {
-            reply_failure(rq, extents.error());
-            break;
+    std::vector<ExtentList> lists;
+    lists.reserve(count);
+    for (size_t i = 0; i < count; ++i) lists.emplace_back(limit, config_.extended);
+    const auto context_of = [&](size_t i) -> const MetaContext& {
+        return config_.contexts[chosen.empty() ? i : chosen[i]];
+    };
+
+    Pace pace(fd_);
+    Result<> result;
+    ExtentList* allocation = nullptr;
+    ExtentList* depth = nullptr;
+    for (size_t i = 0; i < count && result; ++i) {
+        const MetaContext& context = context_of(i);
+        if (context.kind == ContextKind::kBaseAllocation) {
+            allocation = &lists[i];
+        } else if (context.kind == ContextKind::kAllocationDepth) {
+            depth = &lists[i];
+        } else {
+            result = co_await walk_bitmap(*context.bitmap, pace, rq.offset, rq.length, lists[i]);
         }
-        const size_t fixed = config_.extended ? 8 : 4;
+    }
+    if (result && (allocation || depth)) {
+        result = co_await walk_node(channel_, pace, rq.offset, rq.length, allocation, depth);
+    }
+    if (!result) {
+        reply_failure(rq, result.error());
+        finish(rq);
+        co_return;
+    }
+    const size_t fixed = config_.extended ? 8 : 4;
+    const uint16_t type = config_.extended ? kChunkBlockStatusExt : kChunkBlockStatus;
+    for (size_t i = 0; i < count; ++i) {
         const uint16_t flags = i + 1 == count ? kChunkDone : 0;
-        const uint16_t type = config_.extended ? kChunkBlockStatusExt : kChunkBlockStatus;
-        const size_t size = extents->bytes();
+        const size_t size = lists[i].bytes();
         uint8_t* p = encode_chunk_of(replies_.reserve(chunk_header_size_ + fixed), rq, flags, type, fixed + size);
-        p = store_big(p, context.id);
-        if (config_.extended) store_big(p, extents->count());
+        p = store_big(p, context_of(i).id);
+        if (config_.extended) store_big(p, lists[i].count());
         replies_.commit(chunk_header_size_ + fixed);
-        Buffer descriptors = extents->take();
+        Buffer descriptors = lists[i].take();
         const uint8_t* bytes = descriptors.data();
         replies_.append_owned(std::move(descriptors), bytes, size);
     }
