@@ -9,6 +9,7 @@ namespace gantry::cli {
 int image_command(std::span<const char* const> arguments);
 int serve_command(std::span<const char* const> arguments);
 int status_command(std::span<const char* const> arguments);
+int tls_command(std::span<const char* const> arguments);
 int qmp_command(std::span<const char* const> arguments);
 
 }  // namespace gantry::cli

@@ -17,6 +17,7 @@ constexpr Subcommand kSubcommands[] = {
     {"serve", gantry::cli::serve_command, "serve an image over NBD until interrupted"},
     {"image", gantry::cli::image_command, "make, check and change images"},
     {"status", gantry::cli::status_command, "show what the running daemons export"},
+    {"tls", gantry::cli::tls_command, "make certificates or keys for TLS"},
     {"qmp", gantry::cli::qmp_command, "send a QMP command to a running daemon"},
 };
 

@@ -23,7 +23,9 @@ constexpr OptionSpec kOptions[] = {
     {"description", 0, true, "TEXT", "what clients see next to the name"},
     {"snapshot", 0, true, "ID|NAME", "an internal snapshot of a qcow2 image"},
     {"socket", 0, true, "PATH", "listen on this unix socket (default: one in the runtime directory)"},
-    {"tcp", 0, true, "[ADDRESS:]PORT", "listen on TCP instead; without --insecure on the loopback address only"},
+    {"tcp", 0, true, "[ADDRESS:]PORT",
+     "listen on TCP instead; without --tls or --insecure on the loopback address only"},
+    {"tls", 0, true, "DIR", "clients must use TLS, with the files that 'gantry tls init DIR' has made"},
     {"insecure", 0, false, "", "allow unencrypted TCP on other addresses"},
     {"io-backend", 0, true, "auto|io_uring|epoll", "how to do I/O"},
     {"io-loops", 0, true, "N", "threads that serve clients"},
@@ -31,8 +33,9 @@ constexpr OptionSpec kOptions[] = {
 };
 
 struct ServeOptions {
-    std::string image, format, name, description, snapshot, socket, tcp;
+    std::string image, format, name, description, snapshot, socket, tcp, tls;
     bool write = false, insecure = false;
+    bool psk = false;  // the directory of --tls holds keys, not certificates
     RuntimeOptions runtime;
 };
 
@@ -68,24 +71,40 @@ std::string uri_escape(std::string_view text) {
 
 bool is_loopback(std::string_view host) { return host == "localhost" || host == "::1" || host.starts_with("127."); }
 
+/// "nbd" and this: "://", or "s://" and the identity of pre-shared keys that 'gantry tls' makes by default.
+std::string_view scheme_suffix(const ServeOptions& options) {
+    if (options.tls.empty()) return "://";
+    return options.psk ? "s://qemu@" : "s://";
+}
+
+/// What a client on this machine adds to the URI; elsewhere the files are in another place.
+std::string tls_query(const ServeOptions& options, bool first) {
+    if (options.tls.empty()) return {};
+    std::string out(first ? "?" : "&");
+    if (options.psk) return out + fmt::format("tls-psk-file={}/keys.psk", uri_escape(options.tls));
+    return out + fmt::format("tls-certificates={}{}", uri_escape(options.tls),
+                             options.tcp.empty() ? "&tls-hostname=localhost" : "");
+}
+
 Result<Listen> tcp_address(const ServeOptions& options) {
-    std::string host = options.insecure ? "::" : "127.0.0.1", port = options.tcp;
+    const bool open = options.insecure || !options.tls.empty();
+    std::string host = open ? "::" : "127.0.0.1", port = options.tcp;
     if (size_t colon = options.tcp.rfind(':'); colon != std::string::npos) {
         host = options.tcp.substr(0, colon);
         port = options.tcp.substr(colon + 1);
         if (host.starts_with('[') && host.ends_with(']')) host = host.substr(1, host.size() - 2);
     }
-    if (!options.insecure && !is_loopback(host)) {
+    if (!open && !is_loopback(host)) {
         return fail(ErrorKind::kPermission,
                     "Serving on '{}' would be unencrypted and open to everybody who reaches it; use a loopback "
-                    "address, or --insecure",
+                    "address, --tls, or --insecure",
                     host);
     }
     Listen listen;
     listen.address = {{"type", "inet"}, {"host", host}, {"port", port}};
     bool v6 = host.find(':') != std::string::npos;
     std::string shown = host == "::" ? "HOST" : v6 ? fmt::format("[{}]", host) : host;
-    listen.uri_prefix = fmt::format("nbd://{}{}/", shown, port == "10809" ? "" : ":" + port);
+    listen.uri_prefix = fmt::format("nbd{}{}{}/", scheme_suffix(options), shown, port == "10809" ? "" : ":" + port);
     return listen;
 }
 
@@ -101,7 +120,7 @@ Result<Listen> listen_address(const ServeOptions& options) {
     }
     Listen listen;
     listen.address = {{"type", "unix"}, {"path", path}};
-    listen.uri_prefix = "nbd+unix:///";
+    listen.uri_prefix = options.tls.empty() ? "nbd+unix:///" : options.psk ? "nbds+unix://qemu@/" : "nbds+unix:///";
     listen.uri_suffix = "?socket=" + uri_escape(path);
     return listen;
 }
@@ -140,14 +159,24 @@ Result<std::string> set_up(Daemon& daemon, const ServeOptions& options) {
     if (!options.snapshot.empty()) disk["snapshot"] = options.snapshot;
     TRY(auto added, daemon.execute("blockdev-add", std::move(disk)));
     TRY(Listen listen, listen_address(options));
-    TRY(auto started, daemon.execute("nbd-server-start", {{"addr", listen.address}}));
+    json::object server{{"addr", listen.address}};
+    if (!options.tls.empty()) {
+        TRY(auto made, daemon.execute("object-add", {{"qom-type", options.psk ? "tls-creds-psk" : "tls-creds-x509"},
+                                                     {"id", "tls"},
+                                                     {"endpoint", "server"},
+                                                     {"dir", options.tls}}));
+        (void)made;
+        server["tls-creds"] = "tls";
+    }
+    TRY(auto started, daemon.execute("nbd-server-start", std::move(server)));
     json::object e{
         {"type", "nbd"}, {"id", "disk"}, {"node-name", "disk"}, {"name", options.name}, {"writable", options.write}};
     if (!options.description.empty()) e["description"] = options.description;
     TRY(auto exported, daemon.execute("block-export-add", std::move(e)));
     CHECK_OK(daemon.apply({"control-socket", "auto"}));
     (void)file, (void)added, (void)started, (void)exported;
-    return listen.uri_prefix + uri_escape(options.name) + listen.uri_suffix;
+    return listen.uri_prefix + uri_escape(options.name) + listen.uri_suffix +
+           tls_query(options, listen.uri_suffix.empty());
 }
 
 void print_hints(const ServeOptions& options, const std::string& uri) {
@@ -155,9 +184,25 @@ void print_hints(const ServeOptions& options, const std::string& uri) {
                 options.write ? "read-write" : "read-only", uri.c_str());
     std::printf("    nbdinfo '%s'\n", uri.c_str());
     std::printf("    nbdcopy '%s' copy.img\n", uri.c_str());
-    std::printf("    qemu-img info '%s'\n", uri.c_str());
+    // Its URIs have no place for the files of TLS.
+    if (options.tls.empty()) std::printf("    qemu-img info '%s'\n", uri.c_str());
     std::printf("    gantry status\n\nCtrl-C ends it.\n");
     std::fflush(stdout);
+}
+
+/// The directory as an absolute path, and what is in it.
+Result<std::string> tls_directory(const std::string& given, bool& psk) {
+    const std::unique_ptr<char, decltype(&::free)> path(::realpath(given.c_str(), nullptr), &::free);
+    if (!path) return fail_errno(errno, "Directory of --tls '{}'", given);
+    const std::string directory = path.get();
+    const bool x509 = ::access((directory + "/server-cert.pem").c_str(), F_OK) == 0;
+    psk = !x509 && ::access((directory + "/keys.psk").c_str(), F_OK) == 0;
+    if (!x509 && !psk) {
+        return fail(ErrorKind::kNotFound,
+                    "'{}' has neither server-cert.pem nor keys.psk; 'gantry tls init {}' makes what is needed", given,
+                    given);
+    }
+    return directory;
 }
 
 Result<ServeOptions> parse(std::span<const char* const> arguments, bool& help) {
@@ -194,6 +239,9 @@ Result<ServeOptions> parse(std::span<const char* const> arguments, bool& help) {
         if (option.name == "snapshot") out.snapshot = option.value;
         if (option.name == "socket") out.socket = option.value;
         if (option.name == "tcp") out.tcp = option.value;
+        if (option.name == "tls") {
+            TRY(out.tls, tls_directory(option.value, out.psk));
+        }
         if (option.name == "io-backend") {
             TRY(out.runtime.backend, parse_io_backend(option.value));
         }
