@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sched.h>
+#include <signal.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -218,6 +219,16 @@ Task<void> Daemon::watch_signals() {
 Task<void> Daemon::wait_for_signals() {
     int number = co_await signals_->next();
     if (number == 0) co_return;
+    // With TLS credentials SIGHUP has their files read again; without, it ends the daemon as it ends the reference.
+    while (number == SIGHUP && !objects_.tls().empty() && !quit_.is_set()) {
+        const Result<> reloaded = co_await objects_.tls().reload({});
+        if (reloaded) {
+            log::info("signal {}: TLS credentials read again", number);
+        } else {
+            log::error("signal {}: {}", number, reloaded.error().message());
+        }
+        number = co_await signals_->next();
+    }
     log::info("signal {}: ending", number);
     quit_.set();
     monitors_.stop_waiting();
