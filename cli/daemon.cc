@@ -184,7 +184,8 @@ Result<UniqueFd> Daemon::find_descriptor(std::string_view name) {
     int number = -1;
     auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), number);
     if (error != std::errc() || end != name.data() + name.size()) {
-        return fail(ErrorKind::kNotFound, "File descriptor named '{}' has not been found", name);
+        if (UniqueFd passed = monitors_.take_descriptor(name)) return passed;
+        return fail(ErrorKind::kNotFound, "File descriptor named '{}' has not been found; getfd passes one", name);
     }
     UniqueFd copy(::fcntl(number, F_DUPFD_CLOEXEC, 3));
     if (!copy) return fail_errno(errno, "File descriptor '{}'", name);
@@ -218,7 +219,6 @@ Task<void> Daemon::watch_signals() {
 
 Task<void> Daemon::wait_for_signals() {
     int number = co_await signals_->next();
-    if (number == 0) co_return;
     // With TLS credentials SIGHUP has their files read again; without, it ends the daemon as it ends the reference.
     while (number == SIGHUP && !objects_.tls().empty() && !quit_.is_set()) {
         const Result<> reloaded = co_await objects_.tls().reload({});
@@ -229,6 +229,7 @@ Task<void> Daemon::wait_for_signals() {
         }
         number = co_await signals_->next();
     }
+    if (number == 0) co_return;
     log::info("signal {}: ending", number);
     quit_.set();
     monitors_.stop_waiting();

@@ -60,7 +60,7 @@ class Daemon {
     Task<Result<>> add_control_socket(std::string path);
     void allow_image_references(std::string_view value);
     Result<UniqueFd> resolve_fd(std::string_view name);
-    /// For nodes: a descriptor that this process got from whoever started it.
+    /// For nodes: a descriptor that a monitor has passed, or that this process got from whoever started it.
     Result<UniqueFd> find_descriptor(std::string_view name);
     Task<void> main_task();
     Task<void> watch_signals();

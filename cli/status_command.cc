@@ -34,7 +34,7 @@ uint64_t number_of(const json::object& object, std::string_view key) {
 Result<json::object> ask(const std::string& socket) {
     TRY(QmpClient client, QmpClient::connect(socket));
     json::object out{{"socket", socket}, {"version", client.version()}};
-    for (std::string_view command : {"query-block-exports", "query-jobs"}) {
+    for (std::string_view command : {"query-block-exports", "query-jobs", "query-nbd-servers"}) {
         TRY(json::value reply, client.execute(command, {}));
         out[command] = std::move(reply);
     }
@@ -49,6 +49,34 @@ const json::array& list_of(const json::object& object, std::string_view key) {
     static const json::array kEmpty;
     const json::value* v = object.if_contains(key);
     return v && v->is_array() ? v->get_array() : kEmpty;
+}
+
+void print_servers(const json::object& daemon) {
+    std::vector<std::vector<std::string>> rows{
+        {"CLIENT", "EXPORT", "TLS SUBJECT", "REQUESTS", "IN FLIGHT", "READ", "WRITTEN", "SECONDS"}};
+    for (const json::value& item : list_of(daemon, "query-nbd-servers")) {
+        const json::object& server = item.get_object();
+        const std::string id = text_of(server, "id");
+        std::string addresses;
+        for (const json::value& address : list_of(server, "addresses")) {
+            addresses += fmt::format(" {}", std::string_view(address.get_string()));
+        }
+        std::printf("NBD server%s%s:%s\n", id.empty() ? "" : " ", id.c_str(), addresses.c_str());
+        for (const json::value& c : list_of(server, "clients")) {
+            const json::object& client = c.get_object();
+            const std::string name = text_of(client, "name"), subject = text_of(client, "tls-subject");
+            const bool entered = client.contains("export");
+            rows.push_back(
+                {text_of(client, "address"),
+                 !entered       ? "(handshake)"
+                 : name.empty() ? "\"\""
+                                : name,
+                 subject.empty() ? "-" : subject, std::to_string(number_of(client, "requests")),
+                 std::to_string(number_of(client, "in-flight")), readable_size(number_of(client, "bytes-read")),
+                 readable_size(number_of(client, "bytes-written")), std::to_string(number_of(client, "seconds"))});
+        }
+    }
+    if (rows.size() > 1) std::fputs(table(rows).c_str(), stdout);
 }
 
 void print_daemon(const json::object& daemon) {
@@ -87,6 +115,7 @@ void print_daemon(const json::object& daemon) {
     } else {
         std::fputs(table(rows).c_str(), stdout);
     }
+    print_servers(daemon);
     for (const json::value& item : list_of(daemon, "query-jobs")) {
         const json::object& job = item.get_object();
         std::printf("job %s (%s): %s, %llu of %llu\n", text_of(job, "id").c_str(), text_of(job, "type").c_str(),

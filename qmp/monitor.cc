@@ -173,6 +173,13 @@ void Monitors::broadcast(const json::object& event) {
     for (Session* session : sessions_) session->send_event(event);
 }
 
+UniqueFd Monitors::take_descriptor(std::string_view name) {
+    for (Session* session : sessions_) {
+        if (UniqueFd fd = session->take_descriptor(name)) return fd;
+    }
+    return UniqueFd();
+}
+
 void Monitors::hold_commands() {
     held_ = true;
     for (Session* session : sessions_) session->hold_commands();

@@ -42,6 +42,9 @@ class Monitors {
     /// Queues an event on every session that has finished negotiation.
     void broadcast(const json::object& event);
     size_t sessions() const { return sessions_.size(); }
+    /// What the first client that has it passed under a name, given away; invalid: nobody has. For parts of the daemon
+    /// that do not know which client's command they carry out.
+    UniqueFd take_descriptor(std::string_view name);
     /// No further command begins, on any session; events still go out.
     void hold_commands();
     /// After hold_commands(): waits for the commands that run.

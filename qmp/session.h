@@ -33,6 +33,8 @@ class Session {
     /// No further command begins; one that runs goes on, events still go out.
     void hold_commands();
     bool executing() const { return executing_; }
+    /// What this client has passed under a name, given away; invalid: nothing.
+    UniqueFd take_descriptor(std::string_view name) { return descriptors_.take(name); }
     /// Ends run() soon; what is queued for the client is still written if it takes it at once.
     void close();
 

@@ -62,7 +62,7 @@ TEST_CASE("nbd server: addresses that make no sense are refused", "[nbd][server]
     CHECK(start({{"type", "inet"}, {"host", "127.0.0.1"}, {"port", "0"}, {"ipv4", false}, {"ipv6", false}}) != "");
     CHECK(start({{"type", "unix"}, {"path", std::string(200, 'p')}}) != "");
     CHECK(start({{"type", "unix"}, {"path", std::string(200, 'p')}, {"abstract", true}}) != "");
-    CHECK(start({{"type", "vsock"}, {"cid", "1"}, {"port", "1"}}) != "");
+    CHECK(start({{"type", "vsock"}, {"cid", "one"}, {"port", "1"}}) != "");
     CHECK(start({{"type", "fd"}, {"str", "7"}}) != "");
     CHECK_FALSE(daemon.server().running());
     CHECK(daemon.start_server() == "");
@@ -304,4 +304,66 @@ TEST_CASE("nbd server: URIs lead to each export", "[nbd][server]") {
     REQUIRE(daemon.add_export({{"id", "a"}, {"node-name", "disk"}, {"name", "my disk"}}) == "");
     CHECK(daemon.on_main([&] { return daemon.server().uris(); }) ==
           std::vector<std::string>{"nbd+unix:///my%20disk?socket=" + daemon.socket_path()});
+}
+
+TEST_CASE("nbd server: several servers have exports and clients of their own", "[nbd][server]") {
+    NbdDaemon daemon;
+    const auto start = [&](std::string id, std::string_view path) {
+        ServerOptions options;
+        options.address = {{"type", "unix"}, {"path", path}};
+        const auto started = daemon.call([&] { return daemon.servers().start(id, options); });
+        return started ? std::string() : started.error().message();
+    };
+    const auto stop = [&](std::string id) {
+        const auto stopped = daemon.call([&] { return daemon.servers().stop(id, daemon.registry()); });
+        return stopped ? std::string() : stopped.error().message();
+    };
+    const std::string other = daemon.socket_path() + ".b";
+    REQUIRE(daemon.start_server() == "");
+    REQUIRE(start("b", other) == "");
+    CHECK(start("b", other) == "NBD server already running: 'b'");
+    CHECK(start("0b", other) != "");
+    REQUIRE(daemon.add_disk({{"node-name", "disk"}}) == "");
+    REQUIRE(daemon.add_export({{"id", "a"}, {"node-name", "disk"}}) == "");
+    REQUIRE(daemon.add_export({{"id", "b"}, {"node-name", "disk"}, {"server", "b"}}) == "");
+    CHECK(daemon.add_export({{"id", "c"}, {"node-name", "disk"}, {"server", "c"}}) != "");
+    NbdClient first(daemon.socket_path()), second(other);
+    CHECK(first.enter("disk").size == 1u << 20);
+    CHECK(second.enter("disk").size == 1u << 20);
+    CHECK(daemon.on_main([&] { return daemon.servers().connections(); }) == 2);
+    CHECK(stop("b") == "");
+    CHECK(second.ends());
+    CHECK(daemon.deleted() == std::vector<std::string>{"b"});
+    CHECK(stop("b").starts_with("NBD server not running"));
+    CHECK(first.read(0, 512));
+    CHECK(daemon.on_main([&] { return daemon.servers().running().size(); }) == 1);
+}
+
+TEST_CASE("nbd server: before the end new requests and options are refused, what is in flight is answered",
+          "[nbd][server]") {
+    NbdDaemon daemon;
+    daemon.serve_disk({{"fast", false}});
+    NbdClient working(daemon.socket_path()), negotiating(daemon.socket_path());
+    working.enter("disk");
+    negotiating.greet();
+    auto& disk = daemon.disk();
+    disk.hold = true;
+    working.request(kCmdRead, 7, 0, 512);
+    REQUIRE(daemon.eventually([&] { return disk.held.load() == 1; }));
+    std::thread stopper([&] {
+        [[maybe_unused]] auto stopped = daemon.call([&] { return daemon.servers().stop("", daemon.registry()); });
+    });
+    // The request in flight keeps the server; it no longer counts as running once it has begun to end.
+    REQUIRE(daemon.eventually([&] { return !daemon.server().running(); }));
+    CHECK(negotiating.final_type(kOptList) == kRepErrShutdown);
+    working.request(kCmdFlush, 8, 0, 0);
+    const auto refused = working.reply();
+    CHECK(refused.cookie == 8);
+    CHECK(refused.error == kWireShutdown);
+    disk.hold = false;
+    const auto answered = working.reply();
+    CHECK(answered.cookie == 7);
+    CHECK(answered.error == 0);
+    stopper.join();
+    CHECK(negotiating.ends());
 }
