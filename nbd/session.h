@@ -12,6 +12,7 @@
 #include "nbd/protocol.h"
 #include "nbd/reply_queue.h"
 #include "nbd/request_check.h"
+#include "nbd/write_placement.h"
 #include "runtime/buffer.h"
 #include "runtime/sync.h"
 #include "runtime/task.h"
@@ -178,8 +179,7 @@ class Session {
     uint32_t turn_requests_ = 0;  // budget of this turn
     uint64_t turn_bytes_ = 0;
 
-    uint32_t inline_writes_left_ = 0;  // large writes to be done on the reader's turn, see write_received()
-    uint32_t alone_in_a_row_ = 0;      // large writes done beside the loop while nothing else came
+    WritePlacement write_placement_;
 
     uint32_t in_flight_ = 0;
     uint64_t in_flight_bytes_ = 0;

@@ -13,12 +13,8 @@ namespace {
 
 /// Larger writes are not done on the reader's turn.
 constexpr uint32_t kInlineWrite = 1u << 20;
-/// Longer writes are done beside the loop while the next one is received: both copies then run at once
-/// (docs/performance.md, "Where the time goes"). For a client that sends one at a time the hand-over costs more than it
-/// saves: when nothing came meanwhile so many times in a row, many writes are done inline before it is tried again.
+/// Longer ones may be done beside the loop while the next payload is received.
 constexpr uint32_t kOverlapWrite = 128u << 10;
-constexpr uint32_t kAloneInARow = 8;
-constexpr uint32_t kInlineAfterAlone = 128;
 
 }  // namespace
 
@@ -133,9 +129,8 @@ void Session::write_now(const RequestHeader& rq, const uint8_t* data) {
 void Session::write_received(const RequestHeader& rq, Buffer data) {
     turn_bytes_ += rq.length;
     bytes_written_ += rq.length;
-    const bool beside = rq.length > kOverlapWrite && (in_flight_ != 0 || inline_writes_left_ == 0);
+    const bool beside = rq.length > kOverlapWrite && write_placement_.beside(Clock::now());
     if (!(rq.flags & kCmdFua) && !beside && rq.length <= kInlineWrite) {
-        if (rq.length > kOverlapWrite) --inline_writes_left_;
         const iovec one = data.iov();
         const int r = channel_.try_write(rq.offset, IoVec(one), block::WriteFlags::kNone);
         if (r == 0) return reply_ok(rq);
@@ -150,13 +145,7 @@ void Session::write_received(const RequestHeader& rq, Buffer data) {
 Task<void> Session::do_write(RequestHeader rq, Buffer data) {
     const iovec one = data.iov();
     const auto flags = rq.flags & kCmdFua ? block::WriteFlags::kFua : block::WriteFlags::kNone;
-    const uint64_t seen = requests_;
     const Result<> result = co_await channel_.write(rq.offset, IoVec(one), flags, true);
-    const bool alone = in_flight_ == 1 && requests_ == seen && end_ == pos_;
-    if (rq.length > kOverlapWrite) {
-        alone_in_a_row_ = alone ? alone_in_a_row_ + 1 : 0;
-        inline_writes_left_ = alone_in_a_row_ >= kAloneInARow ? kInlineAfterAlone : 0;
-    }
     data.reset();
     reply_result(rq, result);
     finish(rq);
