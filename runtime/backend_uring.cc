@@ -24,6 +24,7 @@ constexpr size_t kMaxTransfer = 0x7ffff000;  // what Linux moves in one call
 /// user_data of the ring's own requests; operations have their address, which is aligned.
 constexpr uint64_t kWakeTag = 1;
 constexpr uint64_t kIgnoreTag = 2;
+constexpr uint64_t kTimeoutTag = 3;
 
 enum State : uint32_t { kIdle, kInRing, kWaitingForRoom };
 
@@ -134,6 +135,7 @@ class UringBackend final : public IoBackend {
     bool worth_retry(const IoOp& op, int result) const;
     void arm_wake();
     void flush_overflow();
+    bool arm_timeout(Clock::time_point deadline);
     void enter(Clock::time_point deadline);
     void reap();
 
@@ -143,6 +145,9 @@ class UringBackend final : public IoBackend {
     bool ring_ready_ = false;
     bool enabled_ = false;
     bool wake_armed_ = false;
+    bool timeout_armed_ = false;
+    Clock::time_point timeout_at_{};
+    __kernel_timespec timeout_spec_{};
     size_t in_flight_ = 0;
     // Operations for which the submission queue had no room, in order.
     IoOp* waiting_head_ = nullptr;
@@ -302,6 +307,27 @@ void UringBackend::arm_wake() {
     wake_armed_ = true;
 }
 
+/// The ring completes something at `deadline` or earlier. A timeout that is too early stays: programming the clock for
+/// each sleep of a busy loop costs more than one vain wake-up once in a while.
+bool UringBackend::arm_timeout(Clock::time_point deadline) {
+    if (timeout_armed_ && timeout_at_ <= deadline) return true;
+    io_uring_sqe* sqe = get_sqe();
+    if (!sqe) return false;
+    const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(deadline.time_since_epoch()).count();
+    timeout_spec_ = {ns / 1'000'000'000, ns % 1'000'000'000};
+    if (timeout_armed_) {
+        // When it has just fired there is nothing to move, and its completion ends the sleep.
+        ::io_uring_prep_timeout_update(sqe, &timeout_spec_, kTimeoutTag, IORING_TIMEOUT_ABS);
+        ::io_uring_sqe_set_data64(sqe, kIgnoreTag);
+    } else {
+        ::io_uring_prep_timeout(sqe, &timeout_spec_, 0, IORING_TIMEOUT_ABS);
+        ::io_uring_sqe_set_data64(sqe, kTimeoutTag);
+    }
+    timeout_armed_ = true;
+    timeout_at_ = deadline;
+    return true;
+}
+
 bool UringBackend::worth_retry(const IoOp& op, int result) const {
     if (result != -EINTR && result != -EAGAIN) return false;
     switch (op.kind) {
@@ -336,6 +362,10 @@ void UringBackend::reap() {
             if (!(cqe->flags & IORING_CQE_F_MORE)) wake_armed_ = false;
             continue;
         }
+        if (cqe->user_data == kTimeoutTag) {
+            timeout_armed_ = false;
+            continue;
+        }
         auto* op = reinterpret_cast<IoOp*>(cqe->user_data);
         op->result = cqe->res;
         if (worth_retry(*op, cqe->res)) [[unlikely]] {
@@ -364,20 +394,15 @@ void UringBackend::enter(Clock::time_point deadline) {
         }
         return;
     }
-    io_uring_cqe* cqe = nullptr;
-    if (deadline == Clock::time_point::max()) {
-        (void)::io_uring_submit_and_wait_timeout(&ring_, &cqe, 1, nullptr, nullptr);
-        return;
-    }
-    const auto left = std::max(deadline - Clock::now(), Clock::duration::zero());
-    const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(left).count();
-    __kernel_timespec ts{ns / 1'000'000'000, ns % 1'000'000'000};
-    (void)::io_uring_submit_and_wait_timeout(&ring_, &cqe, 1, &ts, nullptr);
+    (void)::io_uring_submit_and_wait(&ring_, 1);
 }
 
 void UringBackend::wait(Clock::time_point deadline) {
     flush_overflow();
     if (!wake_armed_) arm_wake();
+    if (deadline != Clock::time_point::min() && deadline != Clock::time_point::max() && !arm_timeout(deadline)) {
+        deadline = Clock::time_point::min();
+    }
     if (!wake_armed_ || waiting_head_) deadline = Clock::time_point::min();  // no room: look again at once
     enter(deadline);
     reap();
