@@ -11,6 +11,8 @@ namespace {
 
 /// What cancel() leaves a server that answers to answer.
 constexpr std::chrono::seconds kCancelGrace{5};
+/// What is left for the last flush of a node that is being closed.
+constexpr std::chrono::seconds kLastRequests{60};
 /// What close() waits for the end of a session.
 constexpr std::chrono::seconds kByeLimit{2};
 
@@ -70,6 +72,7 @@ Task<void> Link::close() {
     wake_.notify_all();
     delay_.cancel();
     grace_.cancel();
+    last_limit_.cancel();
     set_state(LinkState::kClosed);
     if (transport_) {
         const bool started = scope_.live() != 0;
@@ -285,8 +288,22 @@ Task<void> Link::watch_cancelled(uint64_t before) {
     if (!expired || !transport_) co_return;
     const bool stuck = std::ranges::any_of(slots_, [&](const Operation* op) { return op && op->sequence <= before; });
     if (!stuck) co_return;
+    abandon(kCancelGrace);
+}
+
+void Link::limit_last_requests() {
+    if (state() == LinkState::kWaiting) cancel();
+    if (state() != LinkState::kClosed && !last_limit_.armed()) scope_.spawn(watch_last_requests());
+}
+
+Task<void> Link::watch_last_requests() {
+    const bool expired = co_await last_limit_.after(kLastRequests);
+    if (expired && transport_ && load() != 0) abandon(kLastRequests);
+}
+
+void Link::abandon(std::chrono::seconds waited) {
     abandoned_ = true;
-    loss_ = fmt::format("it has not answered for {} s and is given up", kCancelGrace.count());
+    loss_ = fmt::format("it has not answered for {} s and is given up", waited.count());
     transport_->shut_down();
 }
 

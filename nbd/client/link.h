@@ -57,6 +57,8 @@ class Link : public std::enable_shared_from_this<Link> {
 
     /// Requests that wait for a lost server fail now, those the server has are given a few seconds.
     void cancel();
+    /// The last requests before close() come: they, too, end some time.
+    void limit_last_requests();
 
     LinkState state() const { return state_.load(std::memory_order_relaxed); }  // any loop
     uint32_t load() const { return load_.load(std::memory_order_relaxed); }     // requests here; any loop
@@ -68,6 +70,8 @@ class Link : public std::enable_shared_from_this<Link> {
     Task<void> reconnect();
     Task<void> watch_delay();
     Task<void> watch_cancelled(uint64_t before);
+    Task<void> watch_last_requests();
+    void abandon(std::chrono::seconds waited);
     Task<void> force_end();
     void adopt(Connected connected);
     void lost();
@@ -154,6 +158,7 @@ class Link : public std::enable_shared_from_this<Link> {
     Timer pause_;             // between attempts
     Timer delay_;             // reconnect-delay
     Timer grace_;             // of cancel()
+    Timer last_limit_;        // of limit_last_requests()
     Timer bye_limit_;
     Clock::time_point wait_until_{};
     Clock::time_point next_attempt_{};

@@ -146,7 +146,7 @@ bool Link::answer_complete(Operation& op) {
         if (op.command == kCmdRead && !op.coverage.complete(op.length)) {
             return violation("its answer to a READ of {} bytes at {} lacks some of them", op.length, op.offset);
         }
-        if (op.command == kCmdBlockStatus && op.status_length == 0) {
+        if (op.command == kCmdBlockStatus && op.extents.empty()) {
             return violation("its answer to BLOCK_STATUS lacks the context that was asked for");
         }
     }
@@ -240,7 +240,7 @@ Task<bool> Link::read_simple() {
     begin_ += kSimpleReplySize;
     Operation* op = find(cookie);
     if (!op) co_return violation("it answers a request that was not sent (cookie {:#x})", cookie);
-    if (op->coverage.touched() || op->status_length != 0 || op->wire_error != 0) {
+    if (op->coverage.touched() || !op->extents.empty() || op->wire_error != 0) {
         co_return violation("it mixes chunks and a simple reply in one answer");
     }
     op->wire_error = error;
@@ -327,28 +327,36 @@ Task<bool> Link::read_status_chunk(Operation& op, ReplyHeader header) {
     if (header.length < fixed + each || header.length > longest || (header.length - fixed) % each != 0) {
         co_return violation("a block status of {} bytes", header.length);
     }
-    bool ok = buffered() >= fixed + each;
-    if (!ok) ok = co_await need(fixed + each);
+    bool ok = buffered() >= fixed;
+    if (!ok) ok = co_await need(fixed);
     if (!ok) co_return false;
-    const uint8_t* p = at();
-    const auto id = load_big<uint32_t>(p);
+    const auto id = load_big<uint32_t>(at());
     if (!now_.context_id || id != *now_.context_id) co_return violation("a block status of the unknown context {}", id);
-    if (op.status_length != 0) co_return violation("two block statuses of one context in one answer");
+    if (!op.extents.empty()) co_return violation("two block statuses of one context in one answer");
+    const uint64_t count = (header.length - fixed) / each;
     if (now_.extended) {
-        const auto count = load_big<uint32_t>(p + 4);
-        if (count != 0 && count != (header.length - fixed) / each) {
-            co_return violation("a block status of {} extents in {} bytes", count, header.length);
-        }
-        op.status_length = load_big<uint64_t>(p + 8);
-        op.status_flags = load_big<uint64_t>(p + 16);
-    } else {
-        op.status_length = load_big<uint32_t>(p + 4);
-        op.status_flags = load_big<uint32_t>(p + 8);
+        const auto said = load_big<uint32_t>(at() + 4);
+        if (said != count) co_return violation("a block status of {} extents in {} bytes", said, header.length);
     }
-    if (op.status_length == 0) co_return violation("an extent of a block status is empty");
-    // One extent was asked for; older servers tell more.
-    ok = co_await skip(header.length);
-    co_return ok;
+    begin_ += fixed;
+    for (uint64_t i = 0; i < count; ++i) {
+        if (op.extents.size() == op.max_extents) {
+            // Older servers tell more than was asked for.
+            ok = co_await skip((count - i) * each);
+            co_return ok;
+        }
+        ok = buffered() >= each;
+        if (!ok) ok = co_await need(each);
+        if (!ok) co_return false;
+        const uint8_t* p = at();
+        const Operation::Extent extent = now_.extended
+                                             ? Operation::Extent{load_big<uint64_t>(p), load_big<uint64_t>(p + 8)}
+                                             : Operation::Extent{load_big<uint32_t>(p), load_big<uint32_t>(p + 4)};
+        if (extent.length == 0) co_return violation("an extent of a block status is empty");
+        op.extents.push_back(extent);
+        begin_ += each;
+    }
+    co_return true;
 }
 
 Task<bool> Link::read_error_chunk(Operation& op, ReplyHeader header) {

@@ -216,17 +216,17 @@ Task<Result<>> Negotiator::start_tls() {
 }
 
 Task<Result<>> Negotiator::choose_replies() {
-    CO_TRY(OptionAnswer answer, co_await ask(kOptExtendedHeaders));
+    uint32_t option = kOptExtendedHeaders;
+    CO_TRY(OptionAnswer answer, co_await ask(option));
     if (!answer.is_error()) {
         out_.extended = out_.structured = true;
         co_return Result<>();
     }
     if (answer.type != kRepErrTlsRequired) {
-        CO_TRY(answer, co_await ask(kOptStructuredReply));
+        option = kOptStructuredReply;
+        CO_TRY(answer, co_await ask(option));
     }
-    if (answer.type == kRepErrTlsRequired) {
-        co_return refused(kOptStructuredReply, answer, "give this node tls-creds");
-    }
+    if (answer.type == kRepErrTlsRequired) co_return refused(option, answer, "give this node tls-creds");
     out_.structured = !answer.is_error();
     co_return Result<>();
 }

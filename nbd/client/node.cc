@@ -13,6 +13,13 @@ using block::BlockStatus;
 using block::Request;
 using block::WriteFlags;
 
+namespace {
+
+/// Of one answer to BLOCK_STATUS that are kept.
+constexpr size_t kMaxExtents = 4096;
+
+}  // namespace
+
 NbdNode::NbdNode(std::string name, const block::NodeFlags& flags, std::shared_ptr<const ClientConfig> config,
                  const Negotiated& first, std::vector<std::shared_ptr<Link>> links)
     : Node("nbd", std::move(name), flags), config_(std::move(config)), export_(first), links_(std::move(links)) {
@@ -88,6 +95,7 @@ Task<Result<>> NbdNode::do_write(Request&, uint64_t offset, IoVec iov, WriteFlag
     op.length = iov.bytes;
     op.data = iov;
     auto result = co_await send(op);
+    note_change(flags);
     co_return result;
 }
 
@@ -110,6 +118,7 @@ Task<Result<>> NbdNode::do_write_zeroes(Request&, uint64_t offset, uint64_t leng
     op.offset = offset;
     op.length = length;
     auto result = co_await send(op);
+    note_change(flags);
     co_return result;
 }
 
@@ -123,14 +132,24 @@ Task<Result<>> NbdNode::do_discard(Request&, uint64_t offset, uint64_t length) {
     op.offset = offset;
     op.length = length;
     auto result = co_await send(op);
+    note_change(WriteFlags::kNone);
     co_return result;
+}
+
+/// Set when a change has been answered, whether or not a flush began meanwhile: that one may not cover it.
+void NbdNode::note_change(WriteFlags flags) {
+    const bool stable = has(flags, WriteFlags::kFua) && export_.can(kSendFua);
+    if (!stable && !dirty_.load(std::memory_order_relaxed)) dirty_.store(true, std::memory_order_relaxed);
 }
 
 Task<Result<>> NbdNode::do_flush(Request&) {
     if (!export_.can(kSendFlush)) co_return Result<>();
+    const bool dirty = dirty_.exchange(false, std::memory_order_relaxed);
+    if (closing_.load(std::memory_order_relaxed) && !dirty) co_return Result<>();
     Operation op;
     op.command = kCmdFlush;
     auto result = co_await send(op);
+    if (!result && dirty) dirty_.store(true, std::memory_order_relaxed);
     co_return result;
 }
 
@@ -149,40 +168,67 @@ Task<Result<>> NbdNode::do_preload(Request&, uint64_t offset, uint64_t length) {
     co_return Result<>();
 }
 
-Task<Result<BlockStatus>> NbdNode::do_block_status(Request&, uint64_t offset, uint64_t length) {
+BlockStatus NbdNode::status_of(uint64_t offset, uint64_t length, uint64_t flags) const {
+    if (config_->wants_depth()) flags = std::min<uint64_t>(flags, 2);
     BlockStatus status;
     status.length = length;
-    status.data = status.allocated = true;
+    status.data = !(flags & kStateHole);
+    status.zero = flags & kStateZero;
+    status.allocated = true;
     status.depth = 1;
-    status.file = this;
+    status.file = const_cast<NbdNode*>(this);
     status.host_offset = offset;
     status.has_offset = true;
-    if (!export_.context_id) co_return status;
+    return status;
+}
 
+Task<Result<BlockStatus>> NbdNode::do_block_status(Request& rq, uint64_t offset, uint64_t length) {
+    BlockStatus status;
+    CO_CHECK(co_await do_block_statuses(rq, offset, length, std::span(&status, 1)));
+    co_return status;
+}
+
+Task<Result<size_t>> NbdNode::do_block_statuses(Request&, uint64_t offset, uint64_t length,
+                                                std::span<BlockStatus> out) {
+    if (!export_.context_id) {
+        out[0] = status_of(offset, length, 0);
+        co_return size_t{1};
+    }
     const uint64_t unit = limits_.request_alignment;
     Operation op;
     op.command = kCmdBlockStatus;
-    op.flags = kCmdReqOne;
+    op.max_extents = std::min(out.size(), kMaxExtents);
+    if (op.max_extents == 1) op.flags = kCmdReqOne;
     op.offset = offset;
     op.length = export_.extended ? length : std::min<uint64_t>(length, block::align_down(UINT32_MAX, unit));
     CO_CHECK(co_await send(op));
 
-    // Older servers tell about more than was asked for.
-    uint64_t known = std::min(op.status_length, op.length);
-    uint64_t word = op.status_flags;
-    if (known != length && known % unit != 0) {
+    size_t count = 0;
+    uint64_t at = 0;
+    for (const Operation::Extent& extent : op.extents) {
+        // The last one may reach beyond what was asked for.
+        uint64_t known = std::min(extent.length, op.length - at);
+        const bool odd = at + known != length && known % unit != 0;
+        if (odd) known = block::align_down(known, unit);
         // A piece of a block: data is never wrong.
-        if (known < unit) word = 0;
-        known = std::min(std::max(block::align_down(known, unit), unit), length);
+        const bool piece = known == 0;
+        if (piece) known = std::min(unit, length - at);
+        out[count++] = status_of(offset + at, known, piece ? 0 : extent.flags);
+        at += known;
+        if (odd || at >= op.length) break;
     }
-    if (config_->wants_depth()) word = std::min<uint64_t>(word, 2);
-    status.length = known;
-    status.data = !(word & kStateHole);
-    status.zero = word & kStateZero;
-    co_return status;
+    co_return count;
 }
 
 // ---- Life ----
+
+Task<void> NbdNode::quiesce() {
+    if (!closed()) co_return;
+    closing_.store(true, std::memory_order_relaxed);
+    for (const auto& link : links_) {
+        link->loop().post([link] { link->limit_last_requests(); });
+    }
+}
 
 Task<void> NbdNode::close() {
     for (const auto& link : links_) co_await run_on(link->loop(), link->close());

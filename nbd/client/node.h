@@ -2,7 +2,9 @@
 
 #pragma once
 
+#include <atomic>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -35,6 +37,10 @@ class NbdNode final : public block::Node {
     Task<Result<>> do_preload(block::Request& rq, uint64_t offset, uint64_t length) override;
     Task<Result<block::BlockStatus>> do_block_status(block::Request& rq, uint64_t offset, uint64_t length) override;
 
+    Task<Result<size_t>> do_block_statuses(block::Request& rq, uint64_t offset, uint64_t length,
+                                           std::span<block::BlockStatus> out) override;
+
+    Task<void> quiesce() override;
     Task<void> close() override;
     void cancel_in_flight() override;
     std::string filename() const override;
@@ -43,12 +49,16 @@ class NbdNode final : public block::Node {
 
   private:
     void take_limits();
+    block::BlockStatus status_of(uint64_t offset, uint64_t length, uint64_t flags) const;
+    void note_change(block::WriteFlags flags);
     Link& pick(const Loop& loop) const;
     Task<Result<>> send(Operation& op);
 
     const std::shared_ptr<const ClientConfig> config_;
     const Negotiated export_;
     const std::vector<std::shared_ptr<Link>> links_;
+    std::atomic<bool> dirty_{false};    // changed since the last flush began
+    std::atomic<bool> closing_{false};  // the graph is about to close this node
 };
 
 }  // namespace client

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "nbd/client/coverage.h"
 #include "nbd/protocol.h"
@@ -23,8 +25,12 @@ struct Operation {
     uint64_t length = 0;  // of the range; of READ and WRITE: data.bytes
     IoVec data;           // READ: where to; WRITE: what
 
-    /// Of BLOCK_STATUS: the first extent as the server said it.
-    uint64_t status_length = 0, status_flags = 0;
+    /// Of BLOCK_STATUS: the first extents as the server said them, no more than max_extents.
+    struct Extent {
+        uint64_t length, flags;
+    };
+    std::vector<Extent> extents;
+    size_t max_extents = 1;
 
     // ---- For Link alone ----
     Operation* next = nullptr;
@@ -48,7 +54,7 @@ struct Operation {
         answered = false;
         wire_error = 0;
         error_text.clear();
-        status_length = status_flags = 0;
+        extents.clear();
         coverage.clear();
     }
 };
