@@ -37,6 +37,9 @@ constexpr OptionSpec kOptions[] = {
     {"pidfile", 0, true, "PATH", "write the process id to a locked file"},
     {"io-backend", 0, true, "auto|io_uring|epoll", "how to do I/O (default: auto)"},
     {"io-loops", 0, true, "N", "threads that serve clients (default: one per CPU, at most 4)"},
+    {"io-poll", 0, true, "auto|off|NS",
+     "how long these threads look for work before they sleep (default: auto: 50 us when a client sends one request "
+     "after the other; off: not at all; NS: up to so many nanoseconds, longer when that pays)"},
     {"log-level", 0, true, "error|warn|info|debug", "what is logged to stderr (default: warn)"},
     {"trace", 'T', true, "[[enable=]PATTERN][,events=FILE][,file=FILE]",
      "accepted; there are no trace points in this build"},
@@ -112,6 +115,8 @@ Result<bool> apply_setting(const OptionUse& option, DaemonSettings& settings) {
         TRY(settings.runtime.backend, parse_io_backend(option.value));
     } else if (option.name == "io-loops") {
         TRY(settings.runtime.io_loops, parse_loops(option.value));
+    } else if (option.name == "io-poll") {
+        TRY(settings.runtime.poll_max, parse_io_poll(option.value));
     } else if (option.name == "log-level") {
         TRY(log::Level level, parse_level(option.value));
         log::set_level(level);

@@ -75,7 +75,7 @@ Loop::Loop() : impl_(std::make_unique<Impl>()) {}
 Result<std::unique_ptr<Loop>> Loop::create(LoopOptions options) {
     CHECK(options.pool, "a loop needs a blocking pool");
     std::unique_ptr<Loop> loop(new Loop);
-    loop->poll_max_ns_ = options.poll_max.count();
+    loop->poll_max_ns_ = options.poll_max.value_or(std::chrono::nanoseconds(0)).count();
     loop->options_ = std::move(options);
     const IoBackendKind wanted = loop->options_.backend;
     if (wanted != IoBackendKind::kEpoll) {

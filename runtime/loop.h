@@ -80,8 +80,10 @@ class IoBackend {
 struct LoopOptions {
     std::string name = "loop";
     IoBackendKind backend = IoBackendKind::kAuto;
-    BlockingPool* pool = nullptr;          // required
-    std::chrono::nanoseconds poll_max{0};  // adaptive busy polling before sleeping; 0 = off
+    BlockingPool* pool = nullptr;  // required
+    /// Adaptive busy polling before sleeping, at most so long; 0: the loop never polls. Not set: only for what
+    /// expect_soon() announces.
+    std::optional<std::chrono::nanoseconds> poll_max;
 };
 
 /// A timer or an operation of another loop to be run here. Intrusive; see Loop::post.
@@ -139,8 +141,10 @@ class Loop {
     }
     /// What this loop waits for next should come within `limit` (the next request of a peer that answers at once): the
     /// next wait polls so long before it sleeps. Tried rarely while that does not pay. Counts for one
-    /// wait; poll_max() comes first.
-    void expect_soon(std::chrono::nanoseconds limit) { expected_within_ = std::max(expected_within_, limit); }
+    /// wait; without effect on a loop with a poll_max of its own.
+    void expect_soon(std::chrono::nanoseconds limit) {
+        if (!options_.poll_max) expected_within_ = std::max(expected_within_, limit);
+    }
     /// Kernel thread id once run() was entered, else 0. Any thread.
     int thread_id() const { return tid_.load(std::memory_order_relaxed); }
     /// Time at the start of this turn (cheap).

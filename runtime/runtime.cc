@@ -4,6 +4,7 @@
 #include <signal.h>
 
 #include <algorithm>
+#include <charconv>
 #include <system_error>
 
 #include "runtime/backend.h"
@@ -16,6 +17,18 @@ Result<IoBackendKind> parse_io_backend(std::string_view text) {
     if (text == "io_uring") return IoBackendKind::kIoUring;
     if (text == "epoll") return IoBackendKind::kEpoll;
     return fail(ErrorKind::kInvalid, "I/O back end '{}' is unknown; use auto, io_uring or epoll", text);
+}
+
+Result<std::optional<std::chrono::nanoseconds>> parse_io_poll(std::string_view text) {
+    constexpr int64_t kMax = 1'000'000'000;
+    if (text == "auto") return std::nullopt;
+    if (text == "off") return std::chrono::nanoseconds(0);
+    int64_t ns = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), ns);
+    if (error == std::errc() && end == text.data() + text.size() && ns >= 0 && ns <= kMax) {
+        return std::chrono::nanoseconds(ns);
+    }
+    return fail(ErrorKind::kInvalid, "'{}' is neither auto, nor off, nor a number of nanoseconds up to {}", text, kMax);
 }
 
 Result<std::unique_ptr<Runtime>> Runtime::create(RuntimeOptions options) {
@@ -35,7 +48,7 @@ Result<std::unique_ptr<Runtime>> Runtime::create(RuntimeOptions options) {
     rt->pool_ = std::make_unique<BlockingPool>(options.pool_threads);
     TRY(rt->main_, Loop::create({.name = "main", .backend = options.backend, .pool = rt->pool_.get()}));
     for (unsigned i = 0; i < options.io_loops; ++i) {
-        TRY(Loop * loop, rt->add_loop(fmt::format("io{}", i), std::chrono::nanoseconds(0)));
+        TRY(Loop * loop, rt->add_loop(fmt::format("io{}", i), options.poll_max));
         rt->shared_.push_back(loop);
     }
     if (rt->shared_.empty()) rt->shared_.push_back(rt->main_.get());
@@ -49,7 +62,7 @@ Runtime::~Runtime() {
     pool_.reset();  // its threads post to loops until they are joined
 }
 
-Result<Loop*> Runtime::add_loop(std::string name, std::chrono::nanoseconds poll_max) {
+Result<Loop*> Runtime::add_loop(std::string name, std::optional<std::chrono::nanoseconds> poll_max) {
     TRY(auto loop,
         Loop::create(
             {.name = std::move(name), .backend = options_.backend, .pool = pool_.get(), .poll_max = poll_max}));

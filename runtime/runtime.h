@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <thread>
@@ -17,6 +18,7 @@ struct RuntimeOptions {
     IoBackendKind backend = IoBackendKind::kAuto;
     unsigned io_loops = 1;  // threads besides the main one; 0: the main loop serves I/O too
     unsigned pool_threads = 16;
+    std::optional<std::chrono::nanoseconds> poll_max;  // of the shared I/O loops, see LoopOptions
 };
 
 /// Created on the main thread, which then runs main_loop().run(). Loops may be added at run time (iothread objects).
@@ -31,7 +33,7 @@ class Runtime {
     /// Main loop only.
     std::span<Loop* const> io_loops() const { return shared_; }
     /// A further loop with a thread of its own; stays until remove_loop(). Main loop only.
-    Result<Loop*> add_loop(std::string name, std::chrono::nanoseconds poll_max);
+    Result<Loop*> add_loop(std::string name, std::optional<std::chrono::nanoseconds> poll_max);
     /// Stops and joins it; nothing uses it any more. Main loop only.
     void remove_loop(Loop* loop);
     BlockingPool& pool() { return *pool_; }
@@ -56,5 +58,7 @@ class Runtime {
 
 /// "auto", "io_uring", "epoll" -> kind; kInvalid otherwise.
 Result<IoBackendKind> parse_io_backend(std::string_view text);
+/// "auto", "off" or nanoseconds up to a second -> RuntimeOptions::poll_max; kInvalid otherwise.
+Result<std::optional<std::chrono::nanoseconds>> parse_io_poll(std::string_view text);
 
 }  // namespace gantry
