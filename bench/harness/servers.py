@@ -203,6 +203,7 @@ def gantry(build):
     epoll = ["--io-backend=epoll"]
     return [
         Server("gantry", disk, ours=True),
+        Server("gantry-no-poll", [program, "--io-poll=off"] + BLOCKDEV + EXPORT_DISK, ours=True),
         Server("gantry-epoll", [program] + epoll + BLOCKDEV + EXPORT_DISK, ours=True),
         Server("gantry-on-raw", disk, ("raw",), ours=True, image_kind="raw"),
         Server("gantry-on-qcow2", disk, ("qcow2",), ours=True, image_kind="qcow2"),
