@@ -54,6 +54,7 @@ void Link::cancel_open() {
 void Link::start(Negotiated expected, bool writable) {
     expected_ = expected;
     writable_ = writable;
+    wanted_ = !transport_;
     scope_.spawn(serve());
 }
 
@@ -62,6 +63,7 @@ void Link::adopt(Connected connected) {
     now_ = connected.negotiated;
     good_ = leaving_ = abandoned_ = stop_writing_ = broke_protocol_ = false;
     loss_.clear();
+    was_up_ = true;
     begin_ = end_ = 0;
     set_state(LinkState::kUp);
 }
@@ -204,16 +206,23 @@ Task<void> Link::reconnect() {
         Result<> same = check_same_export(expected_, connected->negotiated, writable_);
         if (same) {
             wanted_ = false;
+            const bool was_up = was_up_;
             adopt(std::move(*connected));
             delay_.cancel();
-            log::info("node '{}': connected to NBD server '{}' again", config_->node_name, config_->address.text());
+            log::info("node '{}': connected to NBD server '{}' {}", config_->node_name, config_->address.text(),
+                      was_up ? "again" : "once more");
             co_return;
         }
         last_error_ = same.error().message();
     } else {
         last_error_ = connected.error().message();
     }
-    log::debug("node '{}': reconnecting: {}", config_->node_name, last_error_);
+    if (was_up_) {
+        log::debug("node '{}': reconnecting: {}", config_->node_name, last_error_);
+    } else {
+        log::warn("node '{}': a further connection to NBD server '{}' is not made: {}", config_->node_name,
+                  config_->address.text(), last_error_);
+    }
     // Nobody waits for it: the next request asks again.
     if (state() == LinkState::kDown) wanted_ = false;
 }

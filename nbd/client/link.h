@@ -46,7 +46,8 @@ class Link : public std::enable_shared_from_this<Link> {
     /// Connects and negotiates, again and again until open-timeout has passed. Ends early by cancel_open().
     Task<Result<Negotiated>> open();
     void cancel_open();
-    /// After open(): `expected` is what every later connection must offer, too; `writable`: the node may be written.
+    /// After open(), or instead of it: then it connects meanwhile. `expected` is what every later connection must
+    /// offer, too; `writable`: the node may be written.
     void start(Negotiated expected, bool writable);
     /// Sends what ends a session, if there is one; returns when nothing runs any more. Nothing is in flight, or
     /// cancel() has been called.
@@ -131,6 +132,7 @@ class Link : public std::enable_shared_from_this<Link> {
     // The connection.
     std::unique_ptr<Transport> transport_;
     Negotiated now_;
+    bool was_up_ = false;
     bool good_ = false;       // it has answered something: the next loss begins with short pauses again
     bool leaving_ = false;    // the server has said ESHUTDOWN: nothing new is sent
     bool abandoned_ = false;  // cut off by cancel(): what was in flight is not sent again

@@ -7,7 +7,6 @@
 #include "nbd/protocol.h"
 #include "runtime/cross_loop.h"
 #include "runtime/log.h"
-#include "runtime/task_scope.h"
 
 namespace gantry::nbd::client {
 
@@ -49,11 +48,6 @@ Result<std::shared_ptr<const ClientConfig>> parse_config(const OpenContext& cont
     return config;
 }
 
-Task<void> open_one(Link* link, std::optional<Result<Negotiated>>* result) {
-    Result<Negotiated> opened = co_await run_on(link->loop(), link->open());
-    result->emplace(std::move(opened));
-}
-
 Task<void> close_link(std::shared_ptr<Link> link) {
     Loop& loop = link->loop();
     co_await run_on(loop, link->close());
@@ -62,24 +56,6 @@ Task<void> close_link(std::shared_ptr<Link> link) {
 Task<void> start_link(std::shared_ptr<Link> link, Negotiated expected, bool writable) {
     link->start(expected, writable);
     co_return;
-}
-
-/// Opens those that are left; who fails goes.
-Task<void> open_others(std::vector<std::shared_ptr<Link>>* links, Negotiated first, bool writable) {
-    std::vector<std::optional<Result<Negotiated>>> results(links->size());
-    TaskScope scope;
-    for (size_t i = 1; i < links->size(); ++i) scope.spawn(open_one((*links)[i].get(), &results[i]));
-    co_await scope.join();
-    for (size_t i = links->size(); i-- > 1;) {
-        const Result<Negotiated>& opened = **(&results[i]);
-        Result<> same = opened ? check_same_export(first, *opened, writable) : Result<>();
-        if (opened && same) continue;
-        log::warn("connection {} of {} to an NBD server: {}", i + 1, links->size(),
-                  opened ? same.error().message() : opened.error().message());
-        const std::shared_ptr<Link> failed = (*links)[i];
-        links->erase(links->begin() + static_cast<ptrdiff_t>(i));
-        co_await close_link(failed);
-    }
 }
 
 Task<Result<std::shared_ptr<Node>>> open_nbd(OpenContext& context) {
@@ -94,7 +70,9 @@ Task<Result<std::shared_ptr<Node>>> open_nbd(OpenContext& context) {
 
     Runtime& runtime = context.graph().runtime();
     const auto loops = runtime.io_loops();
-    std::vector<std::shared_ptr<Link>> links{std::make_shared<Link>(*loops[0], config)};
+    // Nodes begin with different loops.
+    const size_t begin = std::hash<std::string>()(context.node_name()) % loops.size();
+    std::vector<std::shared_ptr<Link>> links{std::make_shared<Link>(*loops[begin], config)};
     const std::shared_ptr<Link> first = links[0];
     context.on_cancel([first] { first->loop().post([first] { first->cancel_open(); }); });
     Result<Negotiated> opened = co_await run_on(first->loop(), first->open());
@@ -116,12 +94,13 @@ Task<Result<std::shared_ptr<Node>>> open_nbd(OpenContext& context) {
         asked < 0 ? std::min(loops.size(), kDefaultConnections) : static_cast<size_t>(std::max<int64_t>(asked, 1));
     if (!opened->can(kCanMultiConn) || !config->address.can_connect_again()) wanted = 1;
     while (links.size() < wanted) {
-        links.push_back(std::make_shared<Link>(*loops[links.size() % loops.size()], config));
+        links.push_back(std::make_shared<Link>(*loops[(begin + links.size()) % loops.size()], config));
     }
-    co_await open_others(&links, *opened, writable);
+    // The others connect meanwhile: a server may let them wait, or turn them away.
     for (const auto& link : links) co_await run_on(link->loop(), start_link(link, *opened, writable));
-    log::info("node '{}': connected to NBD server '{}', export '{}', {} bytes, {} connections{}{}", context.node_name(),
-              config->address.text(), config->export_name, opened->size, links.size(), config->tls ? ", TLS" : "",
+    log::info("node '{}': connected to NBD server '{}', export '{}', {} bytes, up to {} connections{}{}",
+              context.node_name(), config->address.text(), config->export_name, opened->size, links.size(),
+              config->tls ? ", TLS" : "",
               opened->extended     ? ", extended headers"
               : opened->structured ? ", structured replies"
                                    : "");
