@@ -83,17 +83,45 @@ TEST_CASE("nbd requests: each situation has the error of the protocol", "[nbd]")
         {kCmdDisc, 0xffff, kFar, 0xffffffff, true, false, false, kWireOk},
     }));
     CAPTURE(row.command, row.flags, row.offset, row.length, row.read_only, row.structured, row.contexts);
-    const RequestRules rules{kSize, row.read_only, row.structured, row.contexts};
+    const RequestRules rules{
+        .size = kSize, .read_only = row.read_only, .structured = row.structured, .has_contexts = row.contexts};
     const Verdict verdict = check_request({kRequestMagic, row.flags, row.command, 1, row.offset, row.length}, rules);
     CHECK(verdict.error == row.error);
     CHECK(verdict.reason.empty() == (row.error == 0));
 }
 
 TEST_CASE("nbd requests: a READ above the maximum payload is refused", "[nbd]") {
-    const RequestRules rules{uint64_t{1} << 40, false, false, false};
+    const RequestRules rules{.size = uint64_t{1} << 40};
     CHECK(check_request({kRequestMagic, 0, kCmdRead, 1, 0, kMaxPayload}, rules).error == kWireOk);
     CHECK(check_request({kRequestMagic, 0, kCmdRead, 1, 0, kMaxPayload + 1}, rules).error == kWireInval);
     CHECK(check_request({kRequestMagic, 0, kCmdTrim, 1, 0, 0xffffffff}, rules).error == kWireOk);
+}
+
+TEST_CASE("nbd requests: with extended headers lengths have 64 bits and payloads say so", "[nbd]") {
+    const RequestRules rules{.size = uint64_t{1} << 40, .structured = true, .extended = true, .has_contexts = true};
+    const auto error = [&](uint16_t command, uint16_t flags, uint64_t offset, uint64_t length) {
+        return check_request({kExtendedRequestMagic, flags, command, 1, offset, length}, rules).error;
+    };
+    for (const uint16_t command : {kCmdTrim, kCmdWriteZeroes, kCmdCache, kCmdBlockStatus}) {
+        CAPTURE(command);
+        CHECK(error(command, 0, 0, rules.size) == kWireOk);
+        CHECK(error(command, 0, 4096, rules.size) == (command == kCmdWriteZeroes ? kWireNoSpace : kWireInval));
+        CHECK(error(command, 0, rules.size, ~uint64_t{0}) == (command == kCmdWriteZeroes ? kWireNoSpace : kWireInval));
+        // Cut to 32 bits it would be fine.
+        CHECK(error(command, 0, 0, (uint64_t{1} << 63) + 4096) != kWireOk);
+    }
+    CHECK(error(kCmdRead, 0, 0, kMaxPayload + 1) == kWireOverflow);
+    CHECK(error(kCmdRead, 0, 0, (uint64_t{1} << 32) + 4096) == kWireOverflow);
+    CHECK(error(kCmdWrite, kCmdPayloadLen, 0, 4096) == kWireOk);
+    CHECK(error(kCmdWrite, 0, 0, 4096) == kWireOk);
+    CHECK(error(kCmdBlockStatus, kCmdPayloadLen, 0, 12) == kWireOk);
+    for (const uint16_t command : {kCmdRead, kCmdFlush, kCmdTrim, kCmdCache, kCmdWriteZeroes, kCmdResize}) {
+        CHECK(error(command, kCmdPayloadLen, 0, 0) == kWireInval);
+    }
+    RequestRules without = rules;
+    without.has_contexts = false;
+    CHECK(check_request({kExtendedRequestMagic, kCmdPayloadLen, kCmdBlockStatus, 1, 0, 12}, without).error ==
+          kWireInval);
 }
 
 TEST_CASE("nbd reply queue: bytes leave in order whatever the sizes of the sends", "[nbd]") {
