@@ -24,7 +24,9 @@ constexpr OptionSpec kOptions[] = {
     {"snapshot", 0, true, "ID|NAME", "an internal snapshot of a qcow2 image"},
     {"socket", 0, true, "PATH", "listen on this unix socket (default: one in the runtime directory)"},
     {"tcp", 0, true, "[ADDRESS:]PORT",
-     "listen on TCP instead; without --tls or --insecure on the loopback address only"},
+     "listen on TCP; without --tls or --insecure on the loopback address only. --socket and --tcp may be given "
+     "together and "
+     "more than once"},
     {"tls", 0, true, "DIR", "clients must use TLS, with the files that 'gantry tls init DIR' has made"},
     {"insecure", 0, false, "", "allow unencrypted TCP on other addresses"},
     {"io-backend", 0, true, "auto|io_uring|epoll", "how to do I/O"},
@@ -33,7 +35,8 @@ constexpr OptionSpec kOptions[] = {
 };
 
 struct ServeOptions {
-    std::string image, format, name, description, snapshot, socket, tcp, tls;
+    std::string image, format, name, description, snapshot, tls;
+    std::vector<std::string> sockets, tcps;
     bool write = false, insecure = false;
     bool psk = false;  // the directory of --tls holds keys, not certificates
     RuntimeOptions runtime;
@@ -78,20 +81,19 @@ std::string_view scheme_suffix(const ServeOptions& options) {
 }
 
 /// What a client on this machine adds to the URI; elsewhere the files are in another place.
-std::string tls_query(const ServeOptions& options, bool first) {
+std::string tls_query(const ServeOptions& options, bool tcp) {
     if (options.tls.empty()) return {};
-    std::string out(first ? "?" : "&");
+    std::string out(tcp ? "?" : "&");
     if (options.psk) return out + fmt::format("tls-psk-file={}/keys.psk", uri_escape(options.tls));
-    return out + fmt::format("tls-certificates={}{}", uri_escape(options.tls),
-                             options.tcp.empty() ? "&tls-hostname=localhost" : "");
+    return out + fmt::format("tls-certificates={}{}", uri_escape(options.tls), tcp ? "" : "&tls-hostname=localhost");
 }
 
-Result<Listen> tcp_address(const ServeOptions& options) {
+Result<Listen> tcp_address(const ServeOptions& options, const std::string& tcp) {
     const bool open = options.insecure || !options.tls.empty();
-    std::string host = open ? "::" : "127.0.0.1", port = options.tcp;
-    if (size_t colon = options.tcp.rfind(':'); colon != std::string::npos) {
-        host = options.tcp.substr(0, colon);
-        port = options.tcp.substr(colon + 1);
+    std::string host = open ? "::" : "127.0.0.1", port = tcp;
+    if (size_t colon = tcp.rfind(':'); colon != std::string::npos) {
+        host = tcp.substr(0, colon);
+        port = tcp.substr(colon + 1);
         if (host.starts_with('[') && host.ends_with(']')) host = host.substr(1, host.size() - 2);
     }
     if (!open && !is_loopback(host)) {
@@ -108,9 +110,7 @@ Result<Listen> tcp_address(const ServeOptions& options) {
     return listen;
 }
 
-Result<Listen> listen_address(const ServeOptions& options) {
-    if (!options.tcp.empty()) return tcp_address(options);
-    std::string path = options.socket;
+Result<Listen> unix_address(const ServeOptions& options, std::string path) {
     if (path.empty()) {
         TRY(std::string directory, private_directory());
         path = fmt::format("{}/{}.nbd", directory, ::getpid());
@@ -123,6 +123,23 @@ Result<Listen> listen_address(const ServeOptions& options) {
     listen.uri_prefix = options.tls.empty() ? "nbd+unix:///" : options.psk ? "nbds+unix://qemu@/" : "nbds+unix:///";
     listen.uri_suffix = "?socket=" + uri_escape(path);
     return listen;
+}
+
+Result<std::vector<Listen>> listen_addresses(const ServeOptions& options) {
+    std::vector<Listen> all;
+    for (const std::string& path : options.sockets) {
+        TRY(Listen listen, unix_address(options, path));
+        all.push_back(std::move(listen));
+    }
+    for (const std::string& tcp : options.tcps) {
+        TRY(Listen listen, tcp_address(options, tcp));
+        all.push_back(std::move(listen));
+    }
+    if (all.empty()) {
+        TRY(Listen listen, unix_address(options, ""));
+        all.push_back(std::move(listen));
+    }
+    return all;
 }
 
 /// The driver of the image: as said, or probed. A probed raw image is never writable: a guest could turn it into
@@ -140,7 +157,8 @@ Result<std::string> find_format(Daemon& daemon, const ServeOptions& options) {
     return format;
 }
 
-Result<std::string> set_up(Daemon& daemon, const ServeOptions& options) {
+/// The URIs of the export.
+Result<std::vector<std::string>> set_up(Daemon& daemon, const ServeOptions& options) {
     struct stat st{};
     if (::stat(options.image.c_str(), &st) != 0) return fail_errno(errno, "Could not open '{}'", options.image);
     std::string_view leaf = S_ISBLK(st.st_mode) ? "host_device" : "file";
@@ -158,8 +176,10 @@ Result<std::string> set_up(Daemon& daemon, const ServeOptions& options) {
                       {"discard", "unmap"}};
     if (!options.snapshot.empty()) disk["snapshot"] = options.snapshot;
     TRY(auto added, daemon.execute("blockdev-add", std::move(disk)));
-    TRY(Listen listen, listen_address(options));
-    json::object server{{"addr", listen.address}};
+    TRY(const std::vector<Listen> listens, listen_addresses(options));
+    json::array addresses;
+    for (const Listen& listen : listens) addresses.push_back(listen.address);
+    json::object server{{"addr", std::move(addresses)}};
     if (!options.tls.empty()) {
         TRY(auto made, daemon.execute("object-add", {{"qom-type", options.psk ? "tls-creds-psk" : "tls-creds-x509"},
                                                      {"id", "tls"},
@@ -175,13 +195,19 @@ Result<std::string> set_up(Daemon& daemon, const ServeOptions& options) {
     TRY(auto exported, daemon.execute("block-export-add", std::move(e)));
     CHECK_OK(daemon.apply({"control-socket", "auto"}));
     (void)file, (void)added, (void)started, (void)exported;
-    return listen.uri_prefix + uri_escape(options.name) + listen.uri_suffix +
-           tls_query(options, listen.uri_suffix.empty());
+    std::vector<std::string> uris;
+    for (const Listen& listen : listens) {
+        uris.push_back(listen.uri_prefix + uri_escape(options.name) + listen.uri_suffix +
+                       tls_query(options, listen.uri_suffix.empty()));
+    }
+    return uris;
 }
 
-void print_hints(const ServeOptions& options, const std::string& uri) {
-    std::printf("Serving %s (%s) at\n\n    %s\n\nTry:\n", options.image.c_str(),
-                options.write ? "read-write" : "read-only", uri.c_str());
+void print_hints(const ServeOptions& options, const std::vector<std::string>& uris) {
+    std::printf("Serving %s (%s) at\n\n", options.image.c_str(), options.write ? "read-write" : "read-only");
+    for (const std::string& each : uris) std::printf("    %s\n", each.c_str());
+    std::printf("\nTry:\n");
+    const std::string& uri = uris.front();
     std::printf("    nbdinfo '%s'\n", uri.c_str());
     std::printf("    nbdcopy '%s' copy.img\n", uri.c_str());
     // Its URIs have no place for the files of TLS.
@@ -237,8 +263,8 @@ Result<ServeOptions> parse(std::span<const char* const> arguments, bool& help) {
         if (option.name == "name") out.name = option.value;
         if (option.name == "description") out.description = option.value;
         if (option.name == "snapshot") out.snapshot = option.value;
-        if (option.name == "socket") out.socket = option.value;
-        if (option.name == "tcp") out.tcp = option.value;
+        if (option.name == "socket") out.sockets.push_back(option.value);
+        if (option.name == "tcp") out.tcps.push_back(option.value);
         if (option.name == "tls") {
             TRY(out.tls, tls_directory(option.value, out.psk));
         }
@@ -280,13 +306,13 @@ int serve_command(std::span<const char* const> arguments) {
         std::fprintf(stderr, "gantry serve: %s\n", daemon.error().message().c_str());
         return 1;
     }
-    auto uri = set_up(**daemon, *options);
-    if (!uri) {
+    auto uris = set_up(**daemon, *options);
+    if (!uris) {
         (*daemon)->shut_down();
-        std::fprintf(stderr, "gantry serve: %s\n", uri.error().message().c_str());
+        std::fprintf(stderr, "gantry serve: %s\n", uris.error().message().c_str());
         return 1;
     }
-    print_hints(*options, *uri);
+    print_hints(*options, *uris);
     (*daemon)->notifier().ready(fmt::format("Serving {}", options->image));
     (*daemon)->run();
     return 0;

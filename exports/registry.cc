@@ -225,19 +225,18 @@ Task<void> Registry::remove_all(std::string_view type) {
 }
 
 Task<void> Registry::remove_if(std::function<bool(const Export&)> concerned) {
+    // What has no export yet, or none any more, will have one or be gone soon.
+    const auto left = [&](const std::unique_ptr<Entry>& e) { return !e->exported || concerned(*e->exported); };
     for (;;) {
-        bool left = false;
         std::vector<std::string> ids;
         for (const auto& e : entries_) {
-            // What has no export yet, or none any more, will have one or be gone soon.
-            if (e->exported && !concerned(*e->exported)) continue;
-            left = true;
-            if (e->state == State::kRunning) ids.push_back(e->id);
+            if (left(e) && e->state == State::kRunning) ids.push_back(e->id);
         }
         for (const std::string& id : ids) {
             [[maybe_unused]] const Result<> begun = remove(id, RemoveMode::kHard);
         }
-        if (!left) break;
+        // A removal that need not wait is over by now.
+        if (std::ranges::none_of(entries_, left)) break;
         co_await impl_->changed.wait();
     }
 }

@@ -48,8 +48,7 @@ Connection::Connection(Server& server, const ExportDirectory& exports, UniqueFd 
       fd_(std::move(fd)),
       limits_(limits),
       peer_(peer_name(fd_.get())),
-      handshake_(exports, limits_.tls.mode()),
-      credentials_(peer_credentials(fd_.get())) {}
+      handshake_(exports, limits_.tls.mode()) {}
 
 Task<void> Connection::run() {
     if (limits_.handshake_max.count() > 0) scope_.spawn(enforce_time_limit());
@@ -199,10 +198,10 @@ json::object Connection::details() const {
         info["name"] = export_->name();
     }
     if (tls_ && !tls_->peer_name().empty()) info["tls-subject"] = tls_->peer_name();
-    if (credentials_) {
-        info["pid"] = credentials_->pid;
-        info["uid"] = credentials_->uid;
-        info["gid"] = credentials_->gid;
+    if (const auto peer = peer_credentials(fd_.get())) {
+        info["pid"] = peer->pid;
+        info["uid"] = peer->uid;
+        info["gid"] = peer->gid;
     }
     info["requests"] = counters_.requests.load(std::memory_order_relaxed);
     info["bytes-read"] = counters_.bytes_read.load(std::memory_order_relaxed);

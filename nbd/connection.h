@@ -70,7 +70,6 @@ class Connection {
     Loop* loop_ = nullptr;         // of the session
     uint64_t options_ = 0;         // received
     bool good_bye_ = false;
-    std::optional<PeerCredentials> credentials_;
     const Clock::time_point since_ = Clock::now();
     std::string violation_;
     std::unique_ptr<TlsStream> tls_;  // moves to the loop of the session and back

@@ -312,7 +312,10 @@ class Validator {
             if (nested) {
                 CHECK_OK(take_nested(type, variant, in, out, path));
             } else {
-                if (type.fold == Fold::kLegacy && variant && in.size() == 1) return missing(path, type.fold_member);
+                // On the command line people write the flat shape.
+                if (type.fold == Fold::kLegacy && variant && in.size() == 1 && !keyval()) {
+                    return missing(path, type.fold_member);
+                }
                 if (variant) CHECK_OK(take_members(*variant, in, out, path));
             }
         }

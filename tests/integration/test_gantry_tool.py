@@ -196,6 +196,16 @@ class Tool(gt.Case):
         self.assertEqual(len(self.read(f"nbd://127.0.0.1:{port}/")), 4096)
         self.end(process)
 
+    def test_serve_at_several_addresses(self):
+        image = self.raw_image("disk.raw", gt.MIB, gt.text_block)
+        port, unix = gt.free_port(), [self.path("1.sock"), self.path("2.sock")]
+        process, _, text = self.serve("--tcp", str(port), "--socket", unix[0], "--socket", unix[1], image)
+        uris = [f"nbd+unix:///?socket={path}" for path in unix] + [f"nbd://127.0.0.1:{port}/"]
+        self.assertEqual([line.strip() for line in text.partition("Try:")[0].splitlines() if line.startswith("    ")], uris)
+        for uri in uris:
+            self.assertEqual(self.read(uri, 65536), gt.text_block(0))
+        self.end(process)
+
     def test_serve_bad_words(self):
         self.refused("serve", status=2, text="name an image")
         self.refused("serve", "a", "b", status=2, text="one image at a time")

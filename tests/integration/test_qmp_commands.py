@@ -56,7 +56,7 @@ class Commands(gt.Case):
 
     def test_what_is_not_served_is_refused_by_name_with_the_reason(self):
         gt.require_gantry("the reference serves them")
-        for command in ("blockdev-mirror", "transaction", "nbd-server-add", "migrate", "getfd"):
+        for command in ("blockdev-mirror", "transaction", "block-stream", "migrate", "chardev-add"):
             kind, desc = self.q.error(command)
             self.assertEqual(kind, "CommandNotFound")
             self.assertRegex(desc, f"^The command {command} has not been found; not in this build: .+")

@@ -195,6 +195,17 @@ TEST_CASE("exports: without an iothread they are dealt over the shared loops", "
     if (first.size() > 1) CHECK(stage.loops[0] != first[0]);
 }
 
+TEST_CASE("exports: remove_if removes what it is told to, with clients or without", "[exports]") {
+    const bool clients = GENERATE(false, true);
+    Fixture f;
+    for (const char* id : {"a", "b", "c"}) REQUIRE(f.add({{"id", id}, {"node-name", "disk"}}) == "");
+    stage.clients = clients;
+    f.runtime.run(f.registry.remove_if([](const exports::Export& e) { return e.id() != "b"; }));
+    REQUIRE(f.registry.size() == 1);
+    CHECK(f.registry.find("b"));
+    CHECK(f.deleted.size() == 2);
+}
+
 TEST_CASE("exports: remove_all waits for all of a type", "[exports]") {
     Fixture f;
     REQUIRE(f.add({{"id", "a"}, {"node-name", "disk"}}) == "");

@@ -128,7 +128,7 @@ TEST_CASE("help: members with type, default and explanation", "[schema][help]") 
     const std::string text = help_for_variant(type("ObjectOptions"), "iothread");
     CHECK_THAT(text, Catch::StartsWith("iothread options:\n"));
     CHECK_THAT(text, Catch::Contains("poll-max-ns=<int>") && Catch::Contains("(default: 32768)"));
-    CHECK_THAT(help_values(type("ObjectOptions")), Catch::StartsWith("  iothread"));
+    CHECK_THAT(help_values(type("ObjectOptions")), Catch::Contains("  iothread"));
     CHECK_THAT(help_for(type("BlockdevOptions")),
                Catch::Contains("driver=qcow2:\n") && Catch::Contains("file=<BlockdevRef>"));
     CHECK_THAT(help_for(*find_command("block_resize")), Catch::Contains("size=<int>") && Catch::Contains("(required)"));
