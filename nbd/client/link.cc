@@ -260,12 +260,13 @@ Task<Result<>> Link::execute(Operation& op) {
     const LinkState now = state();
     if (now == LinkState::kDown) want_connection();
     if (now != LinkState::kUp && now != LinkState::kWaiting) co_return std::unexpected(unavailable());
+    const uint32_t cost = op.cost();
     op.sequence = ++next_sequence_;
-    load_.fetch_add(1, std::memory_order_relaxed);
+    load_.fetch_add(cost, std::memory_order_relaxed);
     queued_.push(op);
     if (now == LinkState::kUp) wake_writer();
     co_await Answered{op};
-    load_.fetch_sub(1, std::memory_order_relaxed);
+    load_.fetch_sub(cost, std::memory_order_relaxed);
     co_return std::move(op.result);
 }
 

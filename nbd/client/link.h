@@ -62,7 +62,7 @@ class Link : public std::enable_shared_from_this<Link> {
     void limit_last_requests();
 
     LinkState state() const { return state_.load(std::memory_order_relaxed); }  // any loop
-    uint32_t load() const { return load_.load(std::memory_order_relaxed); }     // requests here; any loop
+    uint32_t load() const { return load_.load(std::memory_order_relaxed); }     // sum of Operation::cost(); any loop
 
   private:
     // ---- Life ----

@@ -17,6 +17,9 @@ namespace {
 
 /// Of one answer to BLOCK_STATUS that are kept.
 constexpr size_t kMaxExtents = 4096;
+/// What going over another loop costs, as Operation::cost(): some small requests, or a large one, are better off
+/// waiting for a connection of their own loop.
+constexpr uint64_t kDetour = 32;
 
 }  // namespace
 
@@ -53,15 +56,22 @@ void NbdNode::take_limits() {
 
 // ---- Requests ----
 
+namespace {
+
+/// A connection that is up before one that may come back, and that before any other one.
+uint64_t rank(LinkState state) {
+    if (state == LinkState::kUp) return 0;
+    return state == LinkState::kWaiting ? 1 : 2;
+}
+
+}  // namespace
+
 Link& NbdNode::pick(const Loop& loop) const {
     Link* best = nullptr;
     uint64_t best_cost = UINT64_MAX;
     for (const auto& link : links_) {
-        // A connection that is up before any that is not, then one of this loop, then the one with the least to do.
-        const uint64_t cost =
-            (link->state() == LinkState::kUp ? 0 : uint64_t{1} << 40) +
-            (link->state() == LinkState::kWaiting || link->state() == LinkState::kUp ? 0 : uint64_t{1} << 41) +
-            (&link->loop() == &loop ? 0 : uint64_t{1} << 39) + link->load();
+        const uint64_t detour = &link->loop() == &loop ? 0 : kDetour;
+        const uint64_t cost = (rank(link->state()) << 40) + link->load() + detour;
         if (cost < best_cost) {
             best_cost = cost;
             best = link.get();

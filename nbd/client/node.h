@@ -20,8 +20,8 @@ extern const block::Driver kNbdDriver;
 
 namespace client {
 
-/// Connections are dealt over the I/O loops. A request goes over one of its own loop if there is one, else over the one
-/// with the least to do, on whose loop it runs meanwhile.
+/// Connections are dealt over the I/O loops. A request goes over one of its own loop unless that has much more to do
+/// than another one, on whose loop it runs meanwhile.
 class NbdNode final : public block::Node {
   public:
     NbdNode(std::string name, const block::NodeFlags& flags, std::shared_ptr<const ClientConfig> config,

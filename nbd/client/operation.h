@@ -46,6 +46,8 @@ struct Operation {
     Coverage coverage;
     Result<> result;
 
+    /// How much of a connection it takes; small requests count alike.
+    uint32_t cost() const { return 1 + static_cast<uint32_t>(data.bytes >> 14); }
     uint64_t bytes_to_send() const { return header_size + (command == kCmdWrite ? data.bytes : 0); }
     bool sent() const { return sent_bytes == bytes_to_send(); }
     /// As if it had never been sent.
