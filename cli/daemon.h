@@ -29,8 +29,8 @@ struct DaemonSettings {
 /// One per CPU this process may use, at most 4.
 unsigned default_io_loops();
 
-/// Main thread only. create(), then options in order, then run() until quit, SIGTERM, SIGINT, or SIGHUP when there are no
-/// TLS credentials to be read again.
+/// Main thread only. create(), then options in order, then run() until quit, SIGTERM, SIGINT, or SIGHUP when there are
+/// no TLS credentials to be read again.
 class Daemon {
   public:
     static Result<std::unique_ptr<Daemon>> create(DaemonSettings settings);
