@@ -15,7 +15,7 @@ namespace gantry::nbd {
 namespace {
 
 /// Parts that are asked for at once; then others on this loop run.
-constexpr size_t kPartsAtOnce = 128;
+constexpr size_t kPartsAtOnce = 512;
 /// Whether the client is still there is looked at every so many turns.
 constexpr unsigned kTurnsPerLook = 16;
 /// Runs of a bitmap, and granules of one run, that are walked over before others on this loop run.

@@ -100,6 +100,8 @@ class FileNode : public Node {
     void note_sync_error(int e);
     // file_allocation.cc
     size_t statuses_of(uint64_t offset, uint64_t length, std::span<BlockStatus> out);
+    size_t mapped_statuses(uint64_t offset, uint64_t length, std::span<BlockStatus> out);
+    size_t searched_statuses(uint64_t offset, uint64_t length, std::span<BlockStatus> out);
     bool known_data(uint64_t offset, uint64_t length, BlockStatus& status);
     void forget_data_extent();
     // file.cc
@@ -129,6 +131,8 @@ class FileNode : public Node {
     std::atomic<int64_t> watch_until_ns_{0};
     std::atomic<int64_t> slow_period_ns_{0};  // how long that was
     std::atomic<int64_t> seek_slow_until_ns_{0};
+    enum class CanMap : uint8_t { kUnknown, kYes, kNo };
+    std::atomic<CanMap> can_map_{CanMap::kUnknown};
     std::atomic<int> sync_error_{0};  // errno of the first flush that failed; never reset
     RequestEpochs syncs_;             // calls that may be told of a lost page, until that is in sync_error_
     FileWriteQueue writes_;
