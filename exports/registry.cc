@@ -80,6 +80,9 @@ Task<Result<>> Registry::add(json::object options) {
     entry->type = type_name;
     entry->node_name = node_name;
     entry->iothreads = iothread_names(options);
+    if (view.flag("fixed-iothread") && view.has("iothread") && view.find("iothread")->is_array()) {
+        co_return fail(ErrorKind::kInvalid, "fixed-iothread=on goes with one iothread, not with a list of them");
+    }
     std::vector<Loop*> loops;
     for (const std::string& name : entry->iothreads) {
         Loop* loop = iothread(name);

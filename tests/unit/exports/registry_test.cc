@@ -195,6 +195,13 @@ TEST_CASE("exports: without an iothread they are dealt over the shared loops", "
     if (first.size() > 1) CHECK(stage.loops[0] != first[0]);
 }
 
+TEST_CASE("exports: fixed-iothread goes with one iothread", "[exports]") {
+    Fixture f;
+    CHECK(f.add({{"id", "e"}, {"node-name", "disk"}, {"fixed-iothread", true}, {"iothread", json::array{"a", "b"}}}) ==
+          "fixed-iothread=on goes with one iothread, not with a list of them");
+    CHECK(f.add({{"id", "e"}, {"node-name", "disk"}, {"fixed-iothread", true}}) == "");
+}
+
 TEST_CASE("exports: remove_if removes what it is told to, with clients or without", "[exports]") {
     const bool clients = GENERATE(false, true);
     Fixture f;
