@@ -232,6 +232,7 @@ Task<void> Daemon::wait_for_signals() {
     if (number == 0) co_return;
     log::info("signal {}: ending", number);
     quit_.set();
+    graph_.cancel_opening("");
     monitors_.stop_waiting();
 }
 

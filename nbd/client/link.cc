@@ -18,7 +18,8 @@ constexpr std::chrono::seconds kByeLimit{2};
 
 }  // namespace
 
-Link::Link(Loop& loop, std::shared_ptr<const ClientConfig> config) : loop_(loop), config_(std::move(config)) {
+Link::Link(Loop& loop, std::shared_ptr<const ClientConfig> config, std::shared_ptr<Refusal> refusal)
+    : loop_(loop), config_(std::move(config)), refusal_(std::move(refusal)) {
     for (uint32_t slot = kSlots; slot-- > 0;) free_slots_.push_back(static_cast<uint8_t>(slot));
 }
 
@@ -154,6 +155,7 @@ void Link::lost() {
     if (broke_protocol_) {
         log::error("node '{}': NBD server '{}': {}; nothing is sent to it any more", config_->node_name,
                    config_->address.text(), loss_);
+        refusal_->refuse(loss_);
         set_state(LinkState::kRefused);
         fail_queued();
         return;
@@ -239,6 +241,12 @@ Error Link::unavailable() const {
     if (state() == LinkState::kClosed) {
         return Error(ErrorKind::kShutdown, fmt::format("node '{}' is closed", config_->node_name), ESHUTDOWN);
     }
+    if (refusal_->set()) {
+        return Error(ErrorKind::kIo,
+                     fmt::format("node '{}': no connection to NBD server '{}' is used any more: {}", config_->node_name,
+                                 config_->address.text(), refusal_->why()),
+                     EIO);
+    }
     return Error(ErrorKind::kIo,
                  fmt::format("node '{}': no connection to NBD server '{}': {}", config_->node_name,
                              config_->address.text(), last_error_.empty() ? "not yet connected" : last_error_),
@@ -258,6 +266,7 @@ struct Answered {
 
 Task<Result<>> Link::execute(Operation& op) {
     const LinkState now = state();
+    if (refusal_->set()) co_return std::unexpected(unavailable());
     if (now == LinkState::kDown) want_connection();
     if (now != LinkState::kUp && now != LinkState::kWaiting) co_return std::unexpected(unavailable());
     const uint32_t cost = op.cost();

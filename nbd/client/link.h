@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -31,13 +32,32 @@ enum class LinkState : uint8_t {
     kClosed,
 };
 
+/// Set by the first connection of a node on which the server breaks the protocol: none of them is used any more.
+class Refusal {
+  public:
+    bool set() const { return set_.load(std::memory_order_acquire); }
+    void refuse(std::string why) {
+        const std::lock_guard lock(m_);
+        if (set()) return;
+        why_ = std::move(why);
+        set_.store(true, std::memory_order_release);
+    }
+    /// Once set().
+    const std::string& why() const { return why_; }
+
+  private:
+    std::mutex m_;
+    std::string why_;
+    std::atomic<bool> set_{false};
+};
+
 /// Its own loop only, unless noted. Held by shared_ptr: what was posted to its loop may outlive the node.
 class Link : public std::enable_shared_from_this<Link> {
   public:
     /// Requests a server is asked at a time; further ones wait here.
     static constexpr uint32_t kSlots = 128;
 
-    Link(Loop& loop, std::shared_ptr<const ClientConfig> config);
+    Link(Loop& loop, std::shared_ptr<const ClientConfig> config, std::shared_ptr<Refusal> refusal);
     ~Link();
     Link(const Link&) = delete;
 
@@ -123,6 +143,7 @@ class Link : public std::enable_shared_from_this<Link> {
 
     Loop& loop_;
     const std::shared_ptr<const ClientConfig> config_;
+    const std::shared_ptr<Refusal> refusal_;  // of the node
     std::atomic<LinkState> state_{LinkState::kDown};
     std::atomic<uint32_t> load_{0};
     Negotiated expected_;
@@ -148,6 +169,7 @@ class Link : public std::enable_shared_from_this<Link> {
     std::vector<uint8_t> free_slots_;
     uint64_t next_sequence_ = 0, next_cookie_ = 0;
     uint32_t large_reads_ = 0;  // in slots
+    size_t turn_bytes_ = 0;     // received since other coroutines had their turn
 
     Buffer in_;  // received bytes [begin_, end_)
     size_t begin_ = 0, end_ = 0;

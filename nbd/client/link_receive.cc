@@ -15,6 +15,7 @@ constexpr size_t kReplyRoom = 4096 + 64;
 constexpr size_t kSmallWindow = 512;
 /// Answers before other coroutines of the loop get their turn.
 constexpr unsigned kRepliesPerTurn = 64;
+constexpr size_t kBytesPerTurn = 1u << 20;
 constexpr uint64_t kLargeRead = 16u << 10;
 constexpr size_t kMaxReceive = 64;  // iovecs
 
@@ -128,6 +129,11 @@ Task<bool> Link::read_data(Operation& op, uint64_t at, uint64_t length) {
         at += used;
         length -= used;
         end_ = static_cast<size_t>(n) - used;
+        turn_bytes_ += used;
+        if (turn_bytes_ >= kBytesPerTurn) {
+            turn_bytes_ = 0;
+            co_await yield_turn();
+        }
     }
     co_return true;
 }

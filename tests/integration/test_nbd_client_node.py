@@ -556,6 +556,16 @@ class Reconnect(NodeCase):
         thread.join()
         self.assertIn("error", replies.pop())
 
+    def test_a_signal_ends_an_opening_of_the_command_line(self):
+        with open(self.path("log"), "w+") as log:
+            process = subprocess.Popen([GANTRYD, *gantry_test.gantryd_options(), "--log-level", "debug", "--blockdev", json.dumps(
+                self.add(self.unix(self.path("never.sock")), open_timeout=600))], stderr=log)
+            self.addCleanup(process.kill)
+            wait_for(lambda: "trying again" in pathlib.Path(self.path("log")).read_text(), "the first attempt")
+            process.terminate()
+            process.wait(10)
+            self.assertIn("Failed to connect to", pathlib.Path(self.path("log")).read_text())
+
     def _daemons_node(self):
         class Handle:
             def __init__(handle):

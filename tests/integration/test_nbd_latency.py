@@ -46,9 +46,9 @@ class Latency(Case):
         return out
 
     def moved(self, uri, handles, depth):
-        """Bytes per second that as many connections to `uri` read, each with as many requests of 64 KiB under way."""
+        """Bytes per second that as many connections to `uri` read, each with as many requests of 32 KiB under way."""
         nbd = libnbd()
-        seconds, size, total = 0.7, 64 * KIB, [0] * handles
+        seconds, size, total = 1.0, 32 * KIB, [0] * handles
         barrier = threading.Barrier(handles)
 
         def read(number):
@@ -59,13 +59,13 @@ class Latency(Case):
             end, at = time.monotonic() + seconds, number
             flying = []
             while True:
-                while len(flying) < depth and time.monotonic() < end:
+                while len(flying) < depth:
                     flying.append(h.aio_pread(buffers[len(flying)], at % (SIZE // size) * size))
                     at += handles
-                if not flying:
-                    break
                 h.poll(-1)
                 left = [cookie for cookie in flying if not h.aio_command_completed(cookie)]
+                if time.monotonic() > end:
+                    break
                 total[number] += (len(flying) - len(left)) * size
                 flying = left
         threads = [threading.Thread(target=read, args=(number,)) for number in range(handles)]
@@ -76,19 +76,19 @@ class Latency(Case):
         return sum(total) / seconds
 
     def test_eight_connections_to_our_server_move_five_times_one(self):
-        uri = self.uri(self.proxy(128 * KIB).path, "disk")
+        uri = self.uri(self.proxy(64 * KIB).path, "disk")
         one, eight = self.moved(uri, 1, 4), self.moved(uri, 8, 4)
-        self.assertGreater(eight / one, 5, f"one connection {one / MIB:.1f} MiB/s, eight {eight / MIB:.1f} MiB/s")
+        self.assertGreaterEqual(eight / one, 5, f"one connection {one / MIB:.1f} MiB/s, eight {eight / MIB:.1f} MiB/s")
 
     def test_eight_connections_of_our_node_move_five_times_one(self):
         """Whoever reads has one connection to the node."""
-        proxy = self.proxy(128 * KIB)
+        proxy = self.proxy(64 * KIB)
         rates = {}
         for connections in (1, 8):
             before = proxy.connections
             out = self.node(proxy, connections)
             wait_for(lambda: proxy.connections - before == connections, f"{connections} connections")
-            rates[connections] = self.moved(self.uri(out, "out"), 1, 64) / MIB
+            rates[connections] = self.moved(self.uri(out, "out"), 1, 128) / MIB
         self.assertGreater(rates[8] / rates[1], 5, rates)
 
     def test_one_connection_is_filled_by_pipelining(self):

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -281,7 +282,7 @@ class ScriptPeer {
     bool structured_ = false, extended_ = false;
 };
 
-/// Each connection is served by `script(peer, number)`, one after the other; number counts them from 0.
+/// Each connection is served by `script(peer, number)` on a thread of its own; number counts them from 0.
 class NbdScriptServer {
   public:
     using Script = std::function<void(ScriptPeer&, int number)>;
@@ -298,44 +299,45 @@ class NbdScriptServer {
         thread_ = std::thread([this] { run(); });
     }
     ~NbdScriptServer() {
-        ending_ = true;
         ::shutdown(listener_.get(), SHUT_RDWR);
-        if (const int fd = current_.load(); fd >= 0) ::shutdown(fd, SHUT_RDWR);
         thread_.join();
+        for (const auto& one : served_) ::shutdown(one->fd.get(), SHUT_RDWR);
+        for (const auto& one : served_) one->thread.join();
     }
 
     std::string path() const { return dir_.file("server.sock"); }
     /// Connections that have come.
     int connections() const { return connections_; }
-    /// What a script threw that it should not have, "" otherwise.
-    const std::string& trouble() const { return trouble_; }
 
   private:
+    struct Served {
+        UniqueFd fd;
+        std::thread thread;
+    };
     void run() {
-        while (!ending_) {
+        for (;;) {
             UniqueFd fd(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
             if (!fd) break;
-            current_ = fd.get();
-            if (ending_) break;
-            ScriptPeer peer(fd.get());
-            try {
-                script_(peer, connections_++);
-            } catch (const ScriptPeer::Gone&) {
-            } catch (const std::exception& e) {
-                trouble_ = e.what();
-            }
-            current_ = -1;
+            auto one = std::make_unique<Served>();
+            one->fd = std::move(fd);
+            one->thread = std::thread([this, fd = one->fd.get(), number = connections_++] { serve(fd, number); });
+            served_.push_back(std::move(one));
         }
-        current_ = -1;
+    }
+    void serve(int fd, int number) {
+        ScriptPeer peer(fd);
+        try {
+            script_(peer, number);
+        } catch (const ScriptPeer::Gone&) {
+        }
+        ::shutdown(fd, SHUT_RDWR);
     }
 
     TempDir dir_;
     Script script_;
     UniqueFd listener_;
-    std::atomic<bool> ending_{false};
-    std::atomic<int> current_{-1};
     std::atomic<int> connections_{0};
-    std::string trouble_;
+    std::vector<std::unique_ptr<Served>> served_;  // of thread_
     std::thread thread_;
 };
 

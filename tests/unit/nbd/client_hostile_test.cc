@@ -274,6 +274,22 @@ TEST_CASE("nbd client: a block status without the context, or with it twice, is 
     CHECK_THAT(status.error().message(), Contains(times == 0 ? "lacks the context" : "two block statuses"));
 }
 
+TEST_CASE("nbd client: a lie on one of several connections ends the use of all", "[nbd][client]") {
+    std::atomic<int> up{0};
+    ClientFixture f([&up](ScriptPeer& peer, int) {
+        peer.negotiate({.flags = nbd::kHasFlags | nbd::kCanMultiConn});
+        ++up;
+        const auto rq = peer.request();
+        peer.send(peer.chunk(rq, 1, 99, {}));
+        peer.serve();
+    });
+    REQUIRE(f.open(", 'multi-conn': 3") == "");
+    CHECK(f.run(wait_until([&] { return up == 3; })));
+    CHECK_THAT(f.read(0, 512), Contains("with a chunk of type 99"));
+    CHECK_THAT(f.read(0, 512), Contains("is used any more") && Contains("with a chunk of type 99"));
+    CHECK(f.server->connections() == 3);
+}
+
 // ---- Negotiation ----
 
 namespace {
