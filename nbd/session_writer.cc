@@ -18,7 +18,7 @@ constexpr size_t kMaxIovecs = 128;
 constexpr size_t kSendShare = 2u << 20;
 /// The same with TLS, where each byte costs much more; and what is encrypted for one sendmsg.
 constexpr size_t kEncryptShare = 512u << 10;
-constexpr size_t kEncryptAtOnce = 128u << 10;
+constexpr size_t kEncryptAtOnce = 64u << 10;
 
 }  // namespace
 

@@ -36,11 +36,14 @@ struct Reply {
 /// A handshake and its last answers.
 struct Talk {
     TwoExports exports;
-    Handshake handshake{exports};
+    Handshake handshake;
     HandshakeStep step = HandshakeStep::kContinue;
     Bytes raw;
 
-    explicit Talk(uint32_t flags = kFlagFixedNewstyle | kFlagNoZeroes) { REQUIRE(handshake.client_flags(flags)); }
+    explicit Talk(uint32_t flags = kFlagFixedNewstyle | kFlagNoZeroes, TlsMode tls = TlsMode::kNone)
+        : handshake(exports, tls) {
+        REQUIRE(handshake.client_flags(flags));
+    }
     std::vector<Reply> say(uint32_t option, const Bytes& payload = {}) {
         raw.clear();
         step = handshake.option(option, payload, raw);
@@ -150,6 +153,48 @@ TEST_CASE("nbd handshake: STARTTLS without credentials is refused by policy", "[
     CHECK(talk.one(kOptStartTls) == kRepErrPolicy);
     CHECK(talk.one(kOptStartTls, bytes("x")) == kRepErrInvalid);
     CHECK(talk.say(kOptGo, info_payload("disk")).back().type == kRepAck);
+}
+
+TEST_CASE("nbd handshake: where TLS is required nothing else is told", "[nbd][handshake]") {
+    Talk talk(kFlagFixedNewstyle | kFlagNoZeroes, TlsMode::kRequired);
+    for (uint32_t option = 0; option < 20; ++option) {
+        if (option == kOptExportName || option == kOptAbort || option == kOptStartTls) continue;
+        INFO(option);
+        const auto replies = talk.say(option, info_payload("disk"));
+        REQUIRE(replies.size() == 1);
+        CHECK(replies[0].type == kRepErrTlsRequired);
+        CHECK(talk.step == HandshakeStep::kContinue);
+        talk.raw.clear();
+        CHECK(talk.handshake.oversized_option(option, talk.raw) == HandshakeStep::kContinue);
+        CHECK(talk.parse().at(0).type == kRepErrTlsRequired);
+    }
+    CHECK(talk.one(kOptStartTls, bytes("x")) == kRepErrInvalid);
+    CHECK(talk.step == HandshakeStep::kContinue);
+    CHECK(talk.one(kOptStartTls) == kRepAck);
+    CHECK(talk.step == HandshakeStep::kStartTls);
+    talk.handshake.enter_tls();
+    CHECK(talk.one(kOptStartTls) == kRepErrInvalid);
+    CHECK(talk.step == HandshakeStep::kContinue);
+    CHECK(talk.say(kOptGo, info_payload("disk")).back().type == kRepAck);
+    CHECK(talk.step == HandshakeStep::kEnter);
+    Talk other(kFlagFixedNewstyle, TlsMode::kRequired);
+    CHECK(other.say(kOptExportName, bytes("disk")).empty());
+    CHECK(other.step == HandshakeStep::kClose);
+    Talk old(0, TlsMode::kRequired);
+    CHECK(old.say(kOptExportName, bytes("disk")).empty());
+    CHECK(old.step == HandshakeStep::kClose);
+}
+
+TEST_CASE("nbd handshake: what was negotiated in the clear is forgotten inside TLS", "[nbd][handshake]") {
+    Talk talk(kFlagFixedNewstyle | kFlagNoZeroes, TlsMode::kOptional);
+    CHECK(talk.one(kOptStructuredReply) == kRepAck);
+    CHECK(talk.say(kOptSetMetaContext, context_payload("disk", {"base:allocation"})).back().type == kRepAck);
+    CHECK(talk.one(kOptStartTls) == kRepAck);
+    talk.handshake.enter_tls();
+    CHECK_FALSE(talk.handshake.structured());
+    CHECK(talk.say(kOptGo, info_payload("disk")).back().type == kRepAck);
+    CHECK_FALSE(talk.handshake.result().structured);
+    CHECK(talk.handshake.result().contexts.empty());
 }
 
 TEST_CASE("nbd handshake: INFO and GO answer the same and INFO changes nothing", "[nbd][handshake]") {
