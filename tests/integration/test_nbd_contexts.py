@@ -191,19 +191,54 @@ class Wire(Contexts):
                          [(64 * KIB, 1), (MIB - 64 * KIB, 0), (64 * KIB, 1), (2 * MIB - 64 * KIB, 0), (64 * KIB, 1),
                           (MIB - 64 * KIB, 0)])
 
-    def test_many_runs_come_in_bounded_answers(self):
-        size = 1 << 30
+    def fine_bitmap(self, size, count):
+        """Export `n` of `size` bytes, in whose bitmap `fine` the first `count` KiB are half dirty each."""
         self.q.cmd("blockdev-add", {"driver": "null-co", "node-name": "n", "read-zeroes": True, "size": size})
         self.bitmap("add", "n", "fine", granularity=512)
         self.export("n", node="n", bitmaps=["fine"], writable=True)
-        client = self.entered("n", BITMAP + "fine")
-        # 200,000 runs: more than the 2^17 extents of one answer.
-        count = 100_000
+        client = self.entered("n")
         for first in range(0, count, 50):
             for i in range(first, first + 50):
                 client.request(nbd.WRITE, i * 1024, 512, data=bytes(512), cookie=i)
             for _ in range(50):
                 self.assertEqual(client.reply()[1], 0)
+
+    def resident(self):
+        with open(f"/proc/{self.server.process.pid}/statm") as statm:
+            return int(statm.read().split()[1]) * 4096
+
+    def test_status_that_nobody_reads_is_bounded_and_disturbs_nobody(self):
+        gt.require_gantry("the memory of the reference is its own affair")
+        size = 1 << 28
+        self.fine_bitmap(size, 70_000)
+        before = self.resident()
+        lazy = []
+        for extended in (False, True):
+            client = self.raw()
+            client.enter("n", structured=True, extended=extended, queries=["base:allocation", BITMAP + "fine"])
+            make = nbd.extended_request if extended else nbd.request
+            client.socket.settimeout(0.5)
+            try:
+                client.send(b"".join(make(nbd.BLOCK_STATUS, 0, size, cookie=i) for i in range(20_000)))
+            except TimeoutError:
+                pass  # it does not read us any more, which is fine
+            lazy.append(client)
+        other = self.entered("n", BITMAP + "fine")
+        for _ in range(3):
+            self.assertEqual(other.status(0, 2048), [(512, 1), (512, 0), (512, 1), (512, 0)])
+            self.assertEqual(other.ask(nbd.FLUSH), 0)
+        self.assertLess(self.resident() - before, 200 * MIB)
+        self.delete("n", mode="hard")
+        for client in lazy:
+            client.socket.settimeout(20)
+            self.assertTrue(client.ends())
+
+    def test_many_runs_come_in_bounded_answers(self):
+        size = 1 << 30
+        # 200,000 runs: more than the 2^17 extents of one answer.
+        count = 100_000
+        self.fine_bitmap(size, count)
+        client = self.entered("n", BITMAP + "fine")
         at, runs = 0, []
         while at < size:
             extents = client.status(at, size - at)
