@@ -1,5 +1,7 @@
-// The option phase on arbitrary bytes: client flags, then options as they would arrive.
+// The option phase on arbitrary bytes: client flags, whose highest two bits choose the TLS mode of the server, then
+// options as they would arrive.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <vector>
@@ -12,10 +14,15 @@ using namespace gantry::nbd;
 
 struct Exports final : ExportDirectory {
     std::optional<ExportFacts> find(std::string_view name) const override {
-        if (name == "disk") return ExportFacts{"disk", "a disk", 1u << 20, kHasFlags, 1, 4096, kMaxPayload};
+        if (name == "disk") return ExportFacts{"disk", "a disk", 1u << 20, kHasFlags, 1, 4096, kMaxPayload, contexts};
         if (name.empty()) return ExportFacts{"", "", 1000, kHasFlags | kReadOnly, 512, 4096, kMaxPayload};
         return std::nullopt;
     }
+    std::shared_ptr<const ContextList> contexts =
+        std::make_shared<const ContextList>(ContextList{{ContextKind::kBaseAllocation, "base:allocation", 1},
+                                                        {ContextKind::kAllocationDepth, "qemu:allocation-depth", 2},
+                                                        {ContextKind::kDirtyBitmap, "qemu:dirty-bitmap:b", 3},
+                                                        {ContextKind::kDirtyBitmap, "qemu:dirty-bitmap:b:c", 4}});
     std::vector<Listed> list() const override { return {{"disk", "a disk"}, {"", ""}}; }
 };
 
@@ -44,9 +51,11 @@ void check_replies(const std::vector<uint8_t>& out, uint32_t option) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const Exports exports;
-    Handshake handshake(exports);
     if (size < kClientFlagsSize) return 0;
-    const uint32_t flags = load_big<uint32_t>(data);
+    constexpr TlsMode kModes[] = {TlsMode::kNone, TlsMode::kOptional, TlsMode::kRequired, TlsMode::kNone};
+    const TlsMode mode = kModes[data[0] >> 6];
+    Handshake handshake(exports, mode);
+    const uint32_t flags = load_big<uint32_t>(data) & 0x3fffffff;
     if (!handshake.client_flags(flags)) return 0;
     size_t at = kClientFlagsSize;
     std::vector<uint8_t> out;
@@ -71,9 +80,17 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
             const Negotiated& result = handshake.result();
             expect(exports.find(result.export_name).has_value());
             expect(result.contexts.empty() || result.structured);
+            expect(result.structured || !result.extended);
+            expect(!result.extended || header.option == kOptGo);
+            expect(mode != TlsMode::kRequired || handshake.secure());
+            expect(std::ranges::is_sorted(result.contexts, {}, &MetaContext::id));
             break;
         }
         if (step == HandshakeStep::kClose) break;
+        if (step == HandshakeStep::kStartTls) {
+            handshake.enter_tls();
+            expect(!handshake.structured() && handshake.selection().contexts.empty());
+        }
     }
     return 0;
 }
