@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "block/formats/image_reference.h"
 #include "cli/image/image_definition.h"
 #include "runtime/log.h"
 #include "schema/json_dialect.h"
@@ -196,8 +197,14 @@ Result<json::object> ImageTool::definition(const std::string& image, Access acce
         TRY(options, described(image, access));
     } else {
         struct stat st{};
-        if (::stat(image.c_str(), &st) != 0) return fail_errno(errno, "Could not open '{}'", image);
-        CHECK_OK(add_file({{"driver", file_driver(image)}, {"filename", image}}, access));
+        json::object file{{"driver", file_driver(image)}, {"filename", image}};
+        if (::stat(image.c_str(), &st) != 0) {
+            // A file of that name comes first.
+            if (!block::has_protocol_prefix(image)) return fail_errno(errno, "Could not open '{}'", image);
+            TRY(file, block::protocol_options(image));
+            TRY(file, schema::validate(schema::type("BlockdevOptions"), std::move(file)));
+        }
+        CHECK_OK(add_file(std::move(file), access));
         if (format.empty()) {
             TRY(format, find_format(image, write));
         }

@@ -54,7 +54,7 @@ void Link::cancel_open() {
 
 void Link::start(Negotiated expected, bool writable) {
     expected_ = expected;
-    writable_ = writable;
+    set_writable(writable);
     wanted_ = !transport_;
     scope_.spawn(serve());
 }

@@ -73,6 +73,9 @@ class Link : public std::enable_shared_from_this<Link> {
     /// cancel() has been called.
     Task<void> close();
 
+    /// Any loop: whether later connections must let the node write.
+    void set_writable(bool writable) { writable_.store(writable, std::memory_order_relaxed); }
+
     /// Returns when the server has answered. While the link is down: fails, or waits for its return.
     Task<Result<>> execute(Operation& op);
 
@@ -147,7 +150,7 @@ class Link : public std::enable_shared_from_this<Link> {
     std::atomic<LinkState> state_{LinkState::kDown};
     std::atomic<uint32_t> load_{0};
     Negotiated expected_;
-    bool writable_ = false;
+    std::atomic<bool> writable_{false};
     bool closing_ = false;
 
     // The connection.

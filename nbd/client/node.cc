@@ -250,6 +250,28 @@ void NbdNode::cancel_in_flight() {
     }
 }
 
+Task<Result<>> NbdNode::prepare_reopen(const json::object& options, const block::NodeFlags& flags) {
+    CO_CHECK(co_await Node::prepare_reopen(options, flags));
+    if (!flags.read_only && !flags.auto_read_only && export_.can(kReadOnly)) {
+        co_return fail(ErrorKind::kReadOnly,
+                       "Can't reopen read-only NBD mount as read/write; export '{}' of '{}' is "
+                       "read-only",
+                       config_->export_name, config_->address.text());
+    }
+    reopens_writable_ = !flags.read_only && !export_.can(kReadOnly);
+    co_return Result<>();
+}
+
+void NbdNode::commit_reopen() {
+    for (const auto& link : links_) link->set_writable(reopens_writable_);
+}
+
+Task<Result<>> NbdNode::reopened(bool) {
+    // auto-read-only
+    if (export_.can(kReadOnly)) set_read_only(true);
+    co_return Result<>();
+}
+
 // ---- For people and queries ----
 
 bool NbdNode::is_tuning(std::string_view option) const {

@@ -43,6 +43,9 @@ class NbdNode final : public block::Node {
     Task<void> quiesce() override;
     Task<void> close() override;
     void cancel_in_flight() override;
+    Task<Result<>> prepare_reopen(const json::object& options, const block::NodeFlags& flags) override;
+    void commit_reopen() override;
+    Task<Result<>> reopened(bool committed) override;
     std::string filename() const override;
     bool is_tuning(std::string_view option) const override;
     Task<Result<block::ImageInfo>> image_info() override;
@@ -59,6 +62,7 @@ class NbdNode final : public block::Node {
     const std::vector<std::shared_ptr<Link>> links_;
     std::atomic<bool> dirty_{false};    // changed since the last flush began
     std::atomic<bool> closing_{false};  // the graph is about to close this node
+    bool reopens_writable_ = false;     // between prepare and commit
 };
 
 }  // namespace client

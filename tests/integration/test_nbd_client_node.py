@@ -22,138 +22,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 import gantry_test
 import nbd_raw as raw
 import pki
-from gantry_test import GANTRY, GANTRYD, KIB, MIB, Case, Daemon, free_port, libnbd, missing, require, text_block, wait_for
+from gantry_test import GANTRY, MIB, Daemon, free_port, libnbd, missing, require, text_block, wait_for
+from nbd_node_case import NodeCase
 
 SIZE = 6 * MIB
 PSK_KEY = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff"
-
-
-class NodeCase(Case):
-    def setUp(self):
-        super().setUp()
-        gantry_test.require_gantry("a driver of gantryd")
-
-    # --- servers
-
-    def process(self, *command, socket_path=None, port=None, **popen):
-        process = subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.PIPE, **popen)
-
-        def end():
-            if process.poll() is None:
-                process.send_signal(signal.SIGCONT)
-                process.kill()
-            process.communicate()
-        self.addCleanup(end)
-
-        def ready():
-            if process.poll() is not None:
-                self.fail(f"{command[0]} ended: {process.communicate()[1].decode()}")
-            if port:
-                with socket.socket() as probe:
-                    return probe.connect_ex(("127.0.0.1", port)) == 0
-            return os.path.exists(socket_path)
-        wait_for(ready, command[0])
-        return process
-
-    def nbdkit(self, *words, name="k.sock"):
-        require("nbdkit")
-        path = self.path(name)
-        process = self.process("nbdkit", "-f", "-U", path, *words, socket_path=path)
-        process.socket = path
-        return process
-
-    def qemu_nbd(self, image, *words, name="q.sock"):
-        require("qemu-nbd")
-        path = self.path(name)
-        process = self.process("qemu-nbd", "-t", "-f", "raw", "-k", path, *words, image, socket_path=path)
-        process.socket = path
-        return process
-
-    def gantry_server(self, image, *words, name="g", export="disk", driver="raw"):
-        """Another gantryd, in a directory of its own."""
-        directory = tempfile.mkdtemp(prefix=f"{name}-", dir=self.dir)
-        path = os.path.join(directory, "nbd.sock")
-        daemon = Daemon(directory, "--blockdev",
-                        f"driver={driver},node-name=disk,discard=unmap,file.driver=file,file.filename={image}", "--nbd-server",
-                        f"addr.type=unix,addr.path={path}", "--export",
-                        f"type=nbd,id=e,node-name=disk,name={export},writable=on", *words)
-        self.addCleanup(self._end, daemon)
-        daemon.socket = path
-        return daemon
-
-    # --- the client
-
-    @staticmethod
-    def unix(path):
-        return {"type": "unix", "path": str(path)}
-
-    def client(self, server, *words, writable=True, **options):
-        """Starts the daemon; node `n` is the export of `server` (an address, or a process with a socket)."""
-        address = server if isinstance(server, dict) else self.unix(server.socket)
-        definition = {"driver": "nbd", "node-name": "n", "discard": "unmap", "server": address,
-                      **{key.replace("_", "-"): value for key, value in options.items()}}
-        self.out = self.path("out.sock")
-        self.node_daemon = self.daemon(
-            *words, "--blockdev", json.dumps(definition), "--nbd-server", f"addr.type=unix,addr.path={self.out}", "--export",
-            f"type=nbd,id=out,node-name=n,name=out,writable={'on' if writable else 'off'}")
-        self.q = self.node_daemon.qmp
-        return self.node_daemon
-
-    def empty_client(self, *words):
-        daemon = self.daemon(*words)
-        self.q = daemon.qmp
-        return daemon
-
-    def add(self, server, **options):
-        address = server if isinstance(server, dict) else self.unix(server.socket)
-        return {"driver": "nbd", "node-name": "n", "server": address,
-                **{key.replace("_", "-"): value for key, value in options.items()}}
-
-    def connect(self):
-        h = libnbd().NBD()
-        h.add_meta_context("base:allocation")
-        h.set_strict_mode(h.get_strict_mode() & ~libnbd().STRICT_ALIGN)  # what is not aligned is our server's business
-        h.connect_uri(self.uri(self.out, "out"))
-        return h
-
-    def model(self, h, size, seed, operations=150, unit=1):
-        """Random operations on `h` and on a copy in memory; the copy."""
-        rng = random.Random(seed)
-        model = bytearray(h.pread(size, 0))
-        for number in range(operations):
-            length = rng.choice((unit, 512, 4096, 70000 // unit * unit, rng.randrange(unit, 300000) // unit * unit or unit))
-            length = min(length, size)
-            offset = rng.randrange(0, (size - length) // unit + 1) * unit
-            kind = rng.randrange(8)
-            if kind <= 2:
-                data = rng.randbytes(length)
-                h.pwrite(data, offset, libnbd().CMD_FLAG_FUA if rng.random() < 0.2 else 0)
-                model[offset:offset + length] = data
-            elif kind == 3:
-                h.zero(length, offset, rng.choice((0, libnbd().CMD_FLAG_NO_HOLE)))
-                model[offset:offset + length] = bytes(length)
-            elif kind == 4 and rng.random() < 0.3:
-                h.trim(length, offset)  # undefined until it is written
-                h.zero(length, offset)
-                model[offset:offset + length] = bytes(length)
-            elif kind == 5 and rng.random() < 0.3:
-                h.flush()
-                h.cache(length, offset)
-            elif kind == 6:
-                entries = []
-                h.block_status(length, offset, lambda _, at, found, error: entries.extend(found) or 0)
-                at = offset
-                for extent, flags in zip(entries[::2], entries[1::2]):
-                    part = model[at:at + extent]
-                    if flags & 2:
-                        self.assertEqual(part.count(0), len(part), f"extent at {at}")
-                    at += extent
-            else:
-                self.assertEqual(h.pread(length, offset), bytes(model[offset:offset + length]), f"operation {number}")
-        h.flush()
-        self.assertEqual(h.pread(size, 0), bytes(model))
-        return bytes(model)
 
 
 class Servers(NodeCase):
@@ -386,6 +259,11 @@ class Behaviour(NodeCase):
         self.q.cmd("blockdev-add", self.add(server, export="disk"))
         (node,) = [n for n in self.q.cmd("query-named-block-nodes") if n["node-name"] == "n"]
         self.assertEqual(node["file"], f"nbd+unix:///disk?socket={server.socket}")
+        # The tool for images takes them.
+        about = json.loads(self.run_tool(GANTRY, "image", "info", "--json", node["file"]).stdout)
+        self.assertEqual((about["format"], about["virtual-size"]), ("raw", SIZE))
+        wrong = self.run_tool(GANTRY, "image", "info", "gopher://x/y", check=False)
+        self.assertIn("Unknown protocol 'gopher'", wrong.stderr)
         # A backing file of that name, as the reference writes it.
         require("qemu-img")
         overlay = self.path("top.qcow2")
@@ -429,148 +307,6 @@ class Behaviour(NodeCase):
         self.q.cmd("blockdev-add", self.add({"type": "fd", "str": str(number)}, export="disk"))
         self.assertIn("File descriptor named 'x'", self.q.error("blockdev-add",
                       self.add({"type": "fd", "str": "x"}) | {"node-name": "m"})[1])
-
-
-class Reconnect(NodeCase):
-    def test_a_server_is_killed_and_restarted_under_load(self):
-        """No request fails, and what was written is there."""
-        nbd = libnbd()
-        image = self.raw_image("disk.raw", 16 * MIB)
-        server = self.nbdkit("file", image)
-        self.client(server, reconnect_delay=60)
-        errors, stop = [], threading.Event()
-        regions = 4
-        size = 16 * MIB // regions
-        written = [{} for _ in range(regions)]
-
-        def load(region):
-            rng = random.Random(region)
-            try:
-                h = nbd.NBD()
-                h.connect_uri(self.uri(self.out, "out"))
-                while not stop.is_set():
-                    block = rng.randrange(size // 4096)
-                    if block in written[region] and rng.random() < 0.5:
-                        data = h.pread(4096, region * size + block * 4096)
-                        if data != written[region][block]:
-                            errors.append(f"region {region}: block {block} differs")
-                    else:
-                        data = struct.pack("<QQ", region, rng.getrandbits(60)) * 256
-                        h.pwrite(data, region * size + block * 4096)
-                        written[region][block] = data
-                h.shutdown()
-            except nbd.Error as error:
-                errors.append(f"region {region}: {error}")
-        threads = [threading.Thread(target=load, args=(region,)) for region in range(regions)]
-        for thread in threads:
-            thread.start()
-        for _ in range(3):
-            before = sum(len(w) for w in written)
-            wait_for(lambda: errors or sum(len(w) for w in written) > before + 200, "some load")
-            server.kill()
-            server.wait()
-            os.unlink(server.socket)
-            server = self.nbdkit("file", image)
-        before = sum(len(w) for w in written)
-        wait_for(lambda: errors or sum(len(w) for w in written) > before + 200, "the last load")
-        stop.set()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(errors, [])
-        with open(image, "rb") as file:
-            for region in range(regions):
-                for block, data in written[region].items():
-                    file.seek(region * size + block * 4096)
-                    self.assertEqual(file.read(4096), data)
-
-    def lost_client(self, **options):
-        """A client whose server is gone, and which has a request that waits."""
-        server = self.nbdkit("memory", str(SIZE))
-        self.client(server, **options)
-        h = self.connect()
-        h.pwrite(b"y" * 4096, 0)
-        server.kill()
-        server.wait()
-        os.unlink(server.socket)
-        buffer = libnbd().Buffer(4096)
-        h.aio_pread(buffer, 0)
-        wait_for(lambda: "requests wait for its return" in self.node_daemon.stderr(), "the loss to be seen")
-        return h
-
-    def test_quitting_does_not_wait_for_a_lost_server(self):
-        self.lost_client(reconnect_delay=600)
-        begin = time.monotonic()
-        self.node_daemon.stop()
-        self.assertLess(time.monotonic() - begin, 8)
-
-    def test_removing_does_not_wait_for_a_lost_server(self):
-        self.lost_client(reconnect_delay=600)
-        begin = time.monotonic()
-        # Monitors are served all the time.
-        self.q.cmd("query-named-block-nodes")
-        self.q.cmd("block-export-del", id="out", mode="hard")
-        self.q.event("BLOCK_EXPORT_DELETED", id="out")
-        self.q.cmd("blockdev-del", node_name="n")
-        self.assertLess(time.monotonic() - begin, 8)
-
-    def test_a_server_that_does_not_answer_is_left_in_the_end(self):
-        """Stopped, not dead: its socket is as good as ever."""
-        server = self.nbdkit("memory", str(SIZE))
-        self.client(server, reconnect_delay=600)
-        h = self.connect()
-        server.send_signal(signal.SIGSTOP)
-        h.aio_pread(libnbd().Buffer(4096), 0)
-        wait_for(lambda: self.requests_in_flight() > 0, "the request")
-        begin = time.monotonic()
-        self.node_daemon.stop()
-        self.assertLess(time.monotonic() - begin, 12)
-
-    def requests_in_flight(self):
-        return sum(c["in-flight"] for s in self.q.cmd("query-nbd-servers") for c in s["clients"])
-
-    def test_opening_waits_for_a_server_and_can_be_given_up(self):
-        self.empty_client()
-        path = self.path("k.sock")
-        replies = []
-
-        def add(name, timeout):
-            monitor = self.node.monitor()
-            monitor.socket.settimeout(60)
-            replies.append(monitor.ask(json.dumps({"execute": "blockdev-add", "arguments": self.add(
-                self.unix(path), open_timeout=timeout) | {"node-name": name}})))
-        self.node = self._daemons_node()
-        thread = threading.Thread(target=add, args=("late", 60))
-        thread.start()
-        self.nbdkit("memory", "1M")
-        thread.join()
-        self.assertEqual(replies.pop(), {"return": {}})
-        # One that never comes; the other monitor is served, and gives it up.
-        path = self.path("never.sock")
-        thread = threading.Thread(target=add, args=("never", 600))
-        thread.start()
-
-        def given_up():
-            kind = self.q.ask(json.dumps({"execute": "blockdev-del", "arguments": {"node-name": "never"}}))
-            return "return" in kind
-        wait_for(given_up, "the opening to have begun, and to be given up")
-        thread.join()
-        self.assertIn("error", replies.pop())
-
-    def test_a_signal_ends_an_opening_of_the_command_line(self):
-        with open(self.path("log"), "w+") as log:
-            process = subprocess.Popen([GANTRYD, *gantry_test.gantryd_options(), "--log-level", "debug", "--blockdev", json.dumps(
-                self.add(self.unix(self.path("never.sock")), open_timeout=600))], stderr=log)
-            self.addCleanup(process.kill)
-            wait_for(lambda: "trying again" in pathlib.Path(self.path("log")).read_text(), "the first attempt")
-            process.terminate()
-            process.wait(10)
-            self.assertIn("Failed to connect to", pathlib.Path(self.path("log")).read_text())
-
-    def _daemons_node(self):
-        class Handle:
-            def __init__(handle):
-                handle.monitor = lambda: gantry_test.Qmp(self.path("qmp.sock"))
-        return Handle()
 
 
 class Tls(NodeCase):

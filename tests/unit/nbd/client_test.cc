@@ -359,6 +359,45 @@ TEST_CASE("nbd client: waiting requests can be given up", "[nbd][client][reconne
     CHECK(since(begin) < std::chrono::seconds(10));
 }
 
+TEST_CASE("nbd client: a drain waits for requests that wait, and no longer", "[nbd][client][reconnect][once]") {
+    ClientFixture f([](ScriptPeer& peer, int number) {
+        if (number > 0) return;
+        peer.negotiate();
+        peer.request();
+    });
+    REQUIRE(f.open(", 'reconnect-delay': 1") == "");
+    auto root = f.attach("n", GraphFixture::reader());
+    const auto drain = [](ClientFixture* fx, block::Root* held, Clock::duration* took) -> Task<std::string> {
+        Loop& io = fx->runtime.io_loop();
+        block::Channel* channel = co_await held->channel(io);
+        std::string error = "not finished";
+        Bytes memory(512);
+        const iovec iov{memory.data(), memory.size()};
+        const auto read = [](Loop* loop, block::Channel* ch, const iovec* to) -> Task<std::string> {
+            Result<> done = co_await run_on(*loop, ch->read(0, IoVec(*to)));
+            co_return GraphFixture::text_of(done);
+        };
+        TaskScope scope;
+        scope.spawn(store_text(read(&io, channel, &iov), &error));
+        const bool waits = co_await wait_until([fx] { return fx->server->connections() >= 2; });
+        if (!waits) co_return "the client did not come back";
+        block::Node* nodes[] = {&fx->node("n")};
+        const auto begin = Clock::now();
+        {
+            auto guard = co_await fx->graph->mutex().lock();
+            co_await fx->graph->drain(nodes);
+            *took = Clock::now() - begin;
+            co_await fx->graph->undrain(nodes);
+        }
+        co_await scope.join();
+        co_return error;
+    };
+    Clock::duration took{};
+    CHECK_THAT(f.run(drain(&f, root.get(), &took)), Contains("no connection to NBD server"));
+    CHECK(took < std::chrono::seconds(5));
+    f.detach(std::move(root));
+}
+
 TEST_CASE("nbd client: open-timeout tries again", "[nbd][client][once]") {
     ClientFixture f([](ScriptPeer& peer, int number) {
         if (number == 0) return;
@@ -430,6 +469,26 @@ TEST_CASE("nbd client: a connected descriptor can be the server", "[nbd][client]
         CHECK(data == Bytes(512, 0x44));
     }
     server.join();
+}
+
+TEST_CASE("nbd client: reopening does not make a read-only export writable", "[nbd][client]") {
+    const bool writable = GENERATE(false, true);
+    ClientFixture f([writable](ScriptPeer& peer, int) {
+        peer.negotiate({.flags = static_cast<uint16_t>(nbd::kHasFlags | (writable ? 0 : nbd::kReadOnly))});
+        peer.serve();
+    });
+    REQUIRE(f.open(", 'read-only': true") == "");
+    CHECK_THAT(f.write(0, 512), Contains("read-only"));
+    const std::string wanted =
+        "{'driver': 'nbd', 'node-name': 'n', 'server': {'type': 'unix', 'path': '" + f.server->path() + "'}";
+    const std::string error = f.reopen({wanted + "}"});
+    if (writable) {
+        CHECK(error == "");
+        CHECK(f.write(0, 512) == "");
+    } else {
+        CHECK_THAT(error, Contains("Can't reopen read-only NBD mount as read/write"));
+    }
+    CHECK_THAT(f.reopen({wanted + ", 'export': 'other'}"}), Contains("Cannot change the option 'export'"));
 }
 
 TEST_CASE("nbd client: the name of a node leads to its export", "[nbd][client]") {
