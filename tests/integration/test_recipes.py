@@ -17,7 +17,8 @@ import gantry_test as gt
 
 PAGES = [gt.ROOT / "README.md", gt.ROOT / "CONTRIBUTING.md", *sorted((gt.ROOT / "docs").glob("*.md"))]
 RECIPE = re.compile(r"^```sh recipe\n(.*?)^```$", re.M | re.S)
-TOOLS = ("nbdinfo", "nbdcopy", "nbdsh", "qemu-img", "qemu-io", "socat", "fio", "systemd-socket-activate")
+TOOLS = ("nbdinfo", "nbdcopy", "nbdsh", "nbdkit", "nbd-client", "qemu-img", "qemu-io", "qemu-system-x86_64", "socat", "fio",
+         "systemd-socket-activate")
 
 
 class Recipes(gt.Case):
@@ -27,7 +28,8 @@ class Recipes(gt.Case):
             os.symlink(program, self.path("bin/" + os.path.basename(program)))
         os.mkdir(self.path("run"), 0o700)
         os.mkdir(self.path("work"))
-        environment = {**os.environ, "PATH": f"{self.path('bin')}:{os.environ['PATH']}", "XDG_RUNTIME_DIR": self.path("run")}
+        # libnbd's shell is a module of the system's Python.
+        environment = {**os.environ, "PATH": f"{self.path('bin')}:/usr/bin:{os.environ['PATH']}", "XDG_RUNTIME_DIR": self.path("run")}
         for name in ("RUNTIME_DIRECTORY", "NOTIFY_SOCKET", "LISTEN_FDS"):
             environment.pop(name, None)
         return environment
@@ -75,7 +77,7 @@ class Recipes(gt.Case):
     def test_options_in_the_text_exist(self):
         gt.require_gantry()
         known = self.run_daemon("--help").stdout
-        for command in ("serve", "status", "qmp"):
+        for command in ("serve", "status", "qmp", "tls"):
             known += subprocess.run([gt.GANTRY, command, "--help"], capture_output=True, text=True, check=True).stdout
         for command in ("create", "info", "check", "map", "resize", "snapshot", "amend", "measure", "compact", "commit", "rebase"):
             known += subprocess.run([gt.GANTRY, "image", command, "--help"], capture_output=True, text=True, check=True).stdout
