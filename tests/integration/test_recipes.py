@@ -38,9 +38,9 @@ class Recipes(gt.Case):
         """Ends what the recipe left: its pid files and its background jobs (the process group)."""
         for name in os.listdir(self.path("work")):
             if name.endswith(".pid"):
-                pid = int(pathlib.Path(self.path("work"), name).read_text())
-                with contextlib.suppress(ProcessLookupError):  # the recipe has just ended it itself
-                    os.kill(pid, signal.SIGTERM)
+                # The recipe may have ended it itself: it goes, and its file before it.
+                with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                    os.kill(int(pathlib.Path(self.path("work"), name).read_text()), signal.SIGTERM)
                 gt.wait_for(lambda name=name: not os.path.exists(self.path("work/" + name)), f"the end of {name}")
 
     def run_recipe(self, text):
