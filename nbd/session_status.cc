@@ -16,6 +16,7 @@ namespace {
 
 /// Parts that are asked for at once; then others on this loop run.
 constexpr size_t kPartsAtOnce = 512;
+constexpr size_t kPartsForOne = 32;  // one extent is wanted, which may consist of several
 /// Whether the client is still there is looked at every so many turns.
 constexpr unsigned kTurnsPerLook = 16;
 /// Runs of a bitmap, and granules of one run, that are walked over before others on this loop run.
@@ -51,9 +52,9 @@ class Pace {
 /// base:allocation and qemu:allocation-depth of [offset, offset + length), in one walk; null: not asked for. At least
 /// one extent each. Hundreds of thousands of parts if the image is fragmented: given up (kShutdown) when the client is
 /// gone, so that a removal does not wait for them.
-Task<Result<>> walk_node(block::Channel& channel, Pace& pace, uint64_t offset, uint64_t length, ExtentList* allocation,
-                         ExtentList* depth) {
-    std::vector<block::BlockStatus> parts(std::min<uint64_t>(kPartsAtOnce, length));
+Task<Result<>> walk_node(block::Channel& channel, Pace& pace, uint64_t offset, uint64_t length, size_t at_once,
+                         ExtentList* allocation, ExtentList* depth) {
+    std::vector<block::BlockStatus> parts(std::min<uint64_t>(at_once, length));
     for (uint64_t at = 0; at < length && (allocation || depth);) {
         const Result<size_t> count = co_await channel.block_statuses(offset + at, length - at, parts);
         if (!count) co_return std::unexpected(count.error());
@@ -149,7 +150,8 @@ Task<void> Session::do_block_status(RequestHeader rq, std::vector<uint16_t> chos
         }
     }
     if (result && (allocation || depth)) {
-        result = co_await walk_node(channel_, pace, rq.offset, rq.length, allocation, depth);
+        const size_t at_once = one ? kPartsForOne : kPartsAtOnce;
+        result = co_await walk_node(channel_, pace, rq.offset, rq.length, at_once, allocation, depth);
     }
     if (!result) {
         reply_failure(rq, result.error());
