@@ -232,6 +232,24 @@ class Unnumbered(Traps):
             self.assertEqual(len(data), 16 + 300_000 + 16)
         self.assertEqual(self.contents()[4096:9096], b"z" * 5000)
 
+    def test_overlapping_requests_in_flight(self):
+        before = self.contents()
+        client = self.entered()
+        for round_ in range(3):
+            for i in range(60):
+                size = (4096, 32 * KIB, 40 * KIB, 200 * KIB)[i % 4]
+                client.send(nbd.request(nbd.WRITE, 64 * KIB, size, cookie=i, data=bytes([100 + i]) * size))
+                if i % 5 == 0:
+                    client.send(nbd.request(nbd.WRITE_ZEROES, 64 * KIB, 16 * KIB, cookie=1000 + i))
+            for _ in range(60 + 12):
+                self.assertEqual(client.reply()[1], 0)
+            now = client.read(0, SIZE if IS_GANTRY else SIZE // 512 * 512)
+            self.assertEqual(now[: 64 * KIB], before[: 64 * KIB])
+            self.assertEqual(now[264 * KIB :], before[264 * KIB : len(now)])
+            for at in range(64 * KIB, 264 * KIB, 4096):
+                block = now[at : at + 4096]
+                self.assertEqual(block, block[:1] * 4096, at)
+
     def test_info_and_go_tell_one_size(self):
         client = self.greeted()
         (about,) = (payload for kind, payload in client.option(nbd.OPT_INFO, nbd.info("disk", 0, 3))
