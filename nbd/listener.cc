@@ -177,10 +177,10 @@ ListenSocket::ListenSocket(UniqueFd fd, std::string uri_authority, std::string u
     if (owns_path_of_unix) file_ = SocketFile(local_name(fd_.get()).substr(std::strlen("unix:")));
 }
 
-std::string ListenSocket::uri(std::string_view export_name) const {
+std::string ListenSocket::uri(std::string_view export_name, bool tls) const {
     const std::string name = percent_encode(export_name, "/");
-    if (is_unix()) return fmt::format("nbd+unix:///{}?socket={}", name, query_);
-    return fmt::format("{}://{}/{}", scheme_, authority_, name);
+    if (is_unix()) return fmt::format("nbd{}+unix:///{}?socket={}", tls ? "s" : "", name, query_);
+    return fmt::format("nbd{}{}://{}/{}", tls ? "s" : "", scheme_.substr(3), authority_, name);
 }
 
 void ListenSocket::close() {

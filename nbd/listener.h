@@ -27,11 +27,12 @@ class ListenSocket {
     /// No more connections; the file of a unix socket is removed. The loop has forgotten the descriptor.
     void close();
     /// "nbd://host:port/name", "nbd+unix:///name?socket=path" or "nbd+vsock://cid:port/name".
-    std::string uri(std::string_view export_name) const;
+    /// `tls`: for clients that must use TLS.
+    std::string uri(std::string_view export_name, bool tls = false) const;
 
   private:
     UniqueFd fd_;
-    std::string_view scheme_;  // static text
+    std::string_view scheme_;  // static text that begins with "nbd"
     std::string authority_;
     std::string query_;
     SocketFile file_;

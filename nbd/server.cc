@@ -262,10 +262,11 @@ std::vector<NbdExport*> Server::exports() const {
 uint32_t Server::max_connections() const { return impl_->options.max_connections; }
 
 std::vector<std::string> Server::uris() const {
+    const bool tls = impl_->options.tls.mode() == TlsMode::kRequired;
     std::vector<std::string> all;
     for (const auto& listener : impl_->listeners) {
-        if (impl_->exports.empty()) all.push_back(listener->socket.uri(""));
-        for (const auto& [name, e] : impl_->exports) all.push_back(listener->socket.uri(name));
+        if (impl_->exports.empty()) all.push_back(listener->socket.uri("", tls));
+        for (const auto& [name, e] : impl_->exports) all.push_back(listener->socket.uri(name, tls));
     }
     return all;
 }
@@ -274,8 +275,9 @@ size_t Server::connections() const { return impl_->clients.size(); }
 
 json::object Server::details() const {
     const Impl& in = *impl_;
+    const bool tls = in.options.tls.mode() == TlsMode::kRequired;
     json::array addresses, names, clients;
-    for (const auto& listener : in.listeners) addresses.push_back(json::value(listener->socket.uri("")));
+    for (const auto& listener : in.listeners) addresses.push_back(json::value(listener->socket.uri("", tls)));
     for (const auto& [name, e] : in.exports) names.push_back(json::value(name));
     for (const Connection* client : in.clients) clients.push_back(client->details());
     json::object info;

@@ -32,7 +32,7 @@ constexpr Member kSocketMembers[] = {
     optional("server", kBool, "off", "listen instead of connecting"),
     optional("wait", kBool, "on", "do not start before a client has connected"),
 };
-constexpr std::string_view kNoTls = "not in this build: TLS is not built";
+constexpr std::string_view kNoTls = "not in this build: monitors do not speak TLS";
 constexpr std::string_view kNoTerminal = "not in this build: the monitor speaks plain QMP";
 constexpr std::string_view kPlainSocket = "not in this build: monitors take a path, host and port, or fd";
 constexpr Absent kSocketAbsent[] = {

@@ -18,7 +18,14 @@ std::string dn_text(Get get) {
     std::string text(size, '\0');
     if (get(text.data(), &size) != 0) return "(no name)";
     while (!text.empty() && text.back() == '\0') text.pop_back();
-    return text.empty() ? "(no name)" : text;
+    if (text.empty()) return "(no name)";
+    // It may come from a stranger, and goes into the log: RFC 4514 allows \XX for any byte.
+    std::string out;
+    for (const char c : text) {
+        const auto byte = static_cast<unsigned char>(c);
+        out += byte < 0x20 || byte == 0x7f ? fmt::format("\\{:02X}", byte) : std::string(1, c);
+    }
+    return out;
 }
 
 std::string_view use_name(CertificateUse use) {
@@ -169,7 +176,7 @@ std::string certificate_names(gnutls_x509_crt_t certificate) {
     std::string all;
     const auto add = [&](std::string_view name) {
         if (!all.empty()) all += ", ";
-        all += name.substr(0, 255);
+        for (const char c : name.substr(0, 255)) all += c >= 0x20 && c < 0x7f ? c : '?';
     };
     for (unsigned i = 0; i < kMaxNames; ++i) {
         std::array<char, 1024> value;
@@ -187,9 +194,9 @@ std::string certificate_names(gnutls_x509_crt_t certificate) {
     std::array<char, 256> name;
     size_t size = name.size();
     if (gnutls_x509_crt_get_dn_by_oid(certificate, GNUTLS_OID_X520_COMMON_NAME, 0, 0, name.data(), &size) == 0) {
-        return std::string(name.data(), size);
+        add({name.data(), size});
     }
-    return "no name";
+    return all.empty() ? "no name" : all;
 }
 
 std::string date_text(time_t when) {

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <ctime>
 
+#include "nbd/handshake/payload.h"
 #include "nbd/tls/certificates.h"
 #include "nbd/tls/gnutls_handles.h"
 #include "runtime/blocking_pool.h"
@@ -66,6 +67,7 @@ struct TlsStream::Session {
     int send_record(const uint8_t* data, size_t size);
     void received_oddity(int error);
     std::string explain(int error) const;
+    std::unexpected<Error> gone(int error) const;
     void remember_peer();
 };
 
@@ -186,7 +188,7 @@ int tls_find_psk(gnutls_session_t session, const char* identity, gnutls_datum_t*
     const auto& keys = s->credentials->impl().psk_keys;
     const auto it = keys.find(std::string_view(identity));
     if (it == keys.end()) {
-        s->failure = fmt::format("the client's PSK identity '{:.80}' is not in keys.psk", identity);
+        s->failure = fmt::format("the client's PSK identity {} is not in keys.psk", quote(identity));
         return -1;
     }
     key->data = static_cast<unsigned char*>(gnutls_malloc(it->second.size()));
@@ -256,6 +258,10 @@ std::string TlsStream::Session::explain(int error) const {
     return gnutls_strerror(error);
 }
 
+std::unexpected<Error> TlsStream::Session::gone(int error) const {
+    return fail(ErrorKind::kShutdown, "TLS handshake failed: the {} is gone: {}", peer(), errno_text(error));
+}
+
 void TlsStream::Session::remember_peer() {
     gnutls_session_t raw = handle.get();
     if (credentials->kind() == TlsKind::kPsk && server()) {
@@ -286,11 +292,11 @@ Task<Result<>> TlsStream::handshake(int fd) {
             co_return fail(ErrorKind::kPermission, "TLS handshake failed: {}", s.explain(r));
         }
         const int sent = co_await drain(fd);
-        if (sent < 0) co_return fail_errno(-sent, "TLS handshake failed: the {} does not take our bytes", s.peer());
+        if (sent < 0) co_return s.gone(-sent);
         if (r == GNUTLS_E_SUCCESS) break;
         if (r == GNUTLS_E_AGAIN && in_pos_ == in_end_) {
             const int got = co_await fill(fd);
-            if (got < 0) co_return fail_errno(-got, "TLS handshake failed");
+            if (got < 0) co_return s.gone(-got);
         }
         may_go_on = true;
     }
@@ -305,6 +311,7 @@ Task<int> TlsStream::fill(int fd) {
     for (;;) {
         // Who waits holds no buffer: an idle connection is cheap.
         in_.reset();
+        dry_ = false;
         const int events = co_await io_poll(fd, POLLIN);
         if (events < 0 && events != -EINTR) co_return events;
         const int r = try_fill(fd);
@@ -358,6 +365,7 @@ int TlsStream::try_fill(int fd) {
     if (in_eof_) return -ECONNABORTED;
     if (!in_) in_ = Buffer::alloc(kInputSize);
     const ssize_t n = ::recv(fd, in_.data(), in_.size(), MSG_DONTWAIT);
+    dry_ = n < 0 && errno == EAGAIN;
     if (n < 0) return errno == EINTR ? -EAGAIN : -errno;
     in_pos_ = 0;
     in_end_ = static_cast<size_t>(n);
@@ -367,7 +375,8 @@ int TlsStream::try_fill(int fd) {
 
 Task<int> TlsStream::recv(int fd, void* data, size_t size) {
     for (;;) {
-        const int n = try_recv(fd, data, size);
+        // Who has just tried need not try again.
+        const int n = dry_ ? -EAGAIN : try_recv(fd, data, size);
         if (n != -EAGAIN) co_return n;
         const int got = co_await fill(fd);
         if (got < 0) co_return got;

@@ -75,7 +75,8 @@ class TlsStream {
     Buffer in_;  // received, not decrypted: [in_pos_, in_end_)
     size_t in_pos_ = 0, in_end_ = 0;
     bool in_eof_ = false;
-    Buffer out_;  // encrypted, not sent: [out_pos_, out_end_)
+    bool dry_ = false;  // the last try_recv() left nothing to be had without waiting
+    Buffer out_;        // encrypted, not sent: [out_pos_, out_end_)
     size_t out_pos_ = 0, out_end_ = 0;
     std::string peer_name_, summary_;
 };

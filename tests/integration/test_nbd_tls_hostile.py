@@ -230,8 +230,9 @@ class Robustness(TlsCase):
         self.serve()
         client = self.secure("bob")
         client.go("ro")
-        clients = self.server.qmp.cmd("query-nbd-servers")[0]["clients"]
-        self.assertEqual([c["tls-subject"] for c in clients], ["O=Example,CN=bob"])
+        about = self.server.qmp.cmd("query-nbd-servers")[0]
+        self.assertEqual([c["tls-subject"] for c in about["clients"]], ["O=Example,CN=bob"])
+        self.assertEqual(about["addresses"], [f"nbds+unix:///?socket={self.socket}"])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
@@ -321,6 +322,35 @@ class Tool(Case):
         self.assertEqual([line.split(":")[0] for line in lines], ["ann", "bo"])
         self.assertEqual({len(line.split(":")[1]) for line in lines}, {64})
         self.assertEqual(os.stat(self.path("keys/keys.psk")).st_mode & 0o777, 0o600)
+
+    def serve(self, *words):
+        """A running `gantry serve`; its URI."""
+        process = subprocess.Popen([GANTRY, "serve", *gantry_test.gantryd_options(), *words], stdout=subprocess.PIPE, text=True,
+                                   cwd=self.dir, env={**os.environ, "XDG_RUNTIME_DIR": self.dir})
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait, gantry_test.DEADLINE)
+        self.addCleanup(process.send_signal, signal.SIGINT)
+        for line in process.stdout:
+            if line.startswith("    nbds"):
+                return line.strip()
+        self.fail("gantry serve ended")
+
+    def test_serve(self):
+        require("nbdinfo")
+        image = self.raw_image("disk.raw", MIB)
+        self.run_tool(GANTRY, "tls", "init", "pki", "--server-name", "localhost")
+        self.run_tool(GANTRY, "tls", "init", "keys", "--psk")
+        port = gantry_test.free_port()
+        for words in (["--tls", "pki", "--tcp", f"127.0.0.1:{port}"], ["--tls", "pki"], ["--tls", "keys"]):
+            uri = self.serve(*words, image)
+            if "127.0.0.1" in uri:  # its certificate has a name alone
+                self.assertNotEqual(self.run_tool("nbdinfo", "--size", uri, check=False).returncode, 0)
+                uri = uri.replace("127.0.0.1", "localhost")
+            self.assertEqual(self.run_tool("nbdinfo", "--size", uri).stdout, f"{MIB}\n")
+            self.assertNotEqual(self.run_tool("nbdinfo", "--size", uri.replace("nbds", "nbd", 1).split("tls-")[0],
+                                              check=False).returncode, 0)
+        done = self.run_tool(GANTRY, "serve", "--tls", self.dir, image, check=False)
+        self.assertIn("has neither server-cert.pem nor keys.psk; 'gantry tls init", done.stderr)
 
     def test_wrong_words(self):
         for words in (["init"], ["make", "x"], ["init", "x", "--days", "0"], ["client", "x", "y"],
