@@ -160,6 +160,10 @@ Task<Result<>> NbdNode::do_flush(Request&) {
     op.command = kCmdFlush;
     auto result = co_await send(op);
     if (!result && dirty) dirty_.store(true, std::memory_order_relaxed);
+    if (!result && !op.answered) {
+        // The connection is lost, not what was written over it: later flushes may succeed. Any other failure is final.
+        co_return std::unexpected(Error(ErrorKind::kCancelled, result.error().message(), EIO));
+    }
     co_return result;
 }
 

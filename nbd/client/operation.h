@@ -40,7 +40,7 @@ struct Operation {
     std::array<uint8_t, kExtendedRequestSize> header;
     uint32_t header_size = 0;
     uint64_t sent_bytes = 0;  // of header and payload
-    bool answered = false;    // completely
+    bool answered = false;    // completely; stays true after execute() if the server has said what became of it
     uint32_t wire_error = 0;  // the first one of the answer
     std::string error_text;
     Coverage coverage;

@@ -264,6 +264,35 @@ TEST_CASE("nbd client: without reconnect-delay a lost server costs an error, and
     CHECK(f.runtime.run_on_io(works(&f.node("n"))));
 }
 
+TEST_CASE(
+    "nbd client: a flush that fails with the connection does not spoil later ones, one that the server fails does",
+    "[nbd][client][reconnect]") {
+    const bool answered = GENERATE(false, true);
+    ClientFixture f([answered](ScriptPeer& peer, int number) {
+        peer.negotiate();
+        if (number == 0) {
+            peer.answer(peer.request());
+            const auto flush = peer.request();
+            if (!answered) return;
+            peer.fail(flush, nbd::kWireIo, "the disk is broken");
+        }
+        peer.serve();
+    });
+    REQUIRE(f.open() == "");
+    CHECK(f.write(0, 512) == "");
+    CHECK_THAT(f.flush(), Contains(answered ? "the disk is broken" : "no connection to NBD server"));
+    const auto flushes = [](block::Node* node) -> Task<bool> {
+        for (const auto end = Clock::now() + std::chrono::seconds(3); Clock::now() < end;) {
+            const std::string error = co_await ClientFixture::flush_task(node);
+            if (error.empty()) co_return true;
+            if (error.contains("broken")) co_return false;
+            co_await sleep_for(std::chrono::milliseconds(1));
+        }
+        co_return false;
+    };
+    CHECK(f.runtime.run_on_io(flushes(&f.node("n"))) == !answered);
+}
+
 TEST_CASE("nbd client: requests wait for reconnect-delay and no longer", "[nbd][client][reconnect][once]") {
     ClientFixture f([](ScriptPeer& peer, int number) {
         if (number > 0) return;
@@ -469,6 +498,29 @@ TEST_CASE("nbd client: a connected descriptor can be the server", "[nbd][client]
         CHECK(data == Bytes(512, 0x44));
     }
     server.join();
+}
+
+TEST_CASE("nbd client: another meta context takes the place of base:allocation", "[nbd][client]") {
+    const bool depth = GENERATE(false, true);
+    ClientFixture f([](ScriptPeer& peer, int) {
+        peer.negotiate();
+        // Whatever the word is, it is read as that of base:allocation.
+        for (const uint32_t word : {0u, 1u, 5u}) {
+            const auto rq = peer.request();
+            peer.send(peer.chunk(rq, 1, nbd::kChunkBlockStatus, peer.status_payload({{rq.length, word}})));
+        }
+        peer.serve();
+    });
+    REQUIRE(f.open(std::string(", 'x-dirty-bitmap': '") + (depth ? "qemu:allocation-depth" : "qemu:dirty-bitmap:b") +
+                   "'") == "");
+    std::string seen;
+    for (int i = 0; i < 3; ++i) {
+        auto status = f.status(0, 4096);
+        REQUIRE(status);
+        seen += fmt::format("{}/{} ", status->data, status->zero);
+    }
+    // Depths above 2 count as 2.
+    CHECK(seen == (depth ? "true/false false/false true/true " : "true/false false/false false/false "));
 }
 
 TEST_CASE("nbd client: reopening does not make a read-only export writable", "[nbd][client]") {
