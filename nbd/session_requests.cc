@@ -102,6 +102,7 @@ void Session::finish(const RequestHeader& rq) {
     in_flight_bytes_ -= cost(rq);
     if (broken_) replies_.clear();
     if (reading_) return;
+    publish_counters();
     room_.notify_all();
     if (!replies_.empty()) wake_writer();
 }

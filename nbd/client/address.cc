@@ -57,6 +57,7 @@ Result<std::vector<SocketTarget>> look_up(const std::string& host, const std::st
     if (!v4 && !v6) return fail(ErrorKind::kInvalid, "address '{}:{}': both ipv4 and ipv6 are off", host, port);
     addrinfo hints{};
     hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = families.numeric ? AI_NUMERICHOST | AI_NUMERICSERV : 0;
     hints.ai_family = v4 && v6 ? AF_UNSPEC : v4 ? AF_INET : AF_INET6;
     addrinfo* list = nullptr;
     const int r = ::getaddrinfo(host.empty() ? nullptr : host.c_str(), port.c_str(), &hints, &list);
@@ -89,6 +90,9 @@ Result<ServerAddress> ServerAddress::parse(const json::object& object,
         out.path_ = address.str("path");
         out.abstract_ = address.flag("abstract");
         out.tight_ = address.flag("tight", true);
+        if (address.has("mode") || address.has("group")) {
+            return fail(ErrorKind::kInvalid, "'mode' and 'group' are for listening, not for connecting");
+        }
         out.text_ = out.abstract_ ? "@" + out.path_ : out.path_;
         if (out.path_.empty()) return fail(ErrorKind::kInvalid, "the path of a unix socket is empty");
         CHECK_OK(unix_target(out.path_, out.abstract_, out.tight_));
@@ -98,6 +102,15 @@ Result<ServerAddress> ServerAddress::parse(const json::object& object,
         out.port_ = address.str("port");
         if (address.has("ipv4")) out.families_.ipv4 = address.flag("ipv4");
         if (address.has("ipv6")) out.families_.ipv6 = address.flag("ipv6");
+        out.families_.numeric = address.flag("numeric");
+        out.keep_alive_ = address.flag("keep-alive", true);
+        const auto seconds = [&](std::string_view key, std::chrono::seconds fallback) {
+            return address.has(key) ? std::chrono::seconds(address.integer(key)) : fallback;
+        };
+        out.probes_.idle = seconds("keep-alive-idle", out.probes_.idle);
+        out.probes_.interval = seconds("keep-alive-interval", out.probes_.interval);
+        out.probes_.count =
+            static_cast<int>(std::min<int64_t>(address.integer("keep-alive-count", out.probes_.count), 127));
         if (address.has("to")) return fail(ErrorKind::kInvalid, "'to' is for listening, not for connecting");
         if (out.port_.empty()) return fail(ErrorKind::kInvalid, "the port of server '{}' is empty", out.host_);
         out.text_ = fmt::format("{}:{}", out.host_, out.port_);

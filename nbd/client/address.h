@@ -41,6 +41,9 @@ class ServerAddress {
     /// Where an URI of nbd leads, percent-encoded: "nbd://HOST:PORT/%" and "nbd+unix:///%?socket=PATH" with % for the
     /// export's name; empty when no URI says it.
     std::string uri(std::string_view export_name) const;
+    /// Of inet: whether and how a silent server is probed.
+    bool keep_alive() const { return keep_alive_; }
+    Keepalive probes() const { return probes_; }
     /// Whether there is more than one connection in it.
     bool can_connect_again() const { return !fd_; }
 
@@ -55,6 +58,8 @@ class ServerAddress {
     std::string text_, host_, port_, path_;
     bool abstract_ = false, tight_ = true;
     InetFamilies families_;
+    bool keep_alive_ = true;
+    Keepalive probes_{.idle = std::chrono::seconds(30), .interval = std::chrono::seconds(10), .count = 3};
     uint32_t cid_ = 0, vsock_port_ = 0;
     std::shared_ptr<UniqueFd> fd_;
 };

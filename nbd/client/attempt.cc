@@ -13,10 +13,10 @@ namespace gantry::nbd::client {
 
 namespace {
 
-/// A server that has vanished without a word is missed after about a minute, idle or not.
-void watch_peer(int fd) {
-    [[maybe_unused]] const Result<> probes =
-        set_keepalive(fd, true, {.idle = std::chrono::seconds(30), .interval = std::chrono::seconds(10), .count = 3});
+/// A server that has vanished without a word is missed after about a minute, idle or not, unless the address says
+/// otherwise.
+void watch_peer(int fd, const ServerAddress& address) {
+    [[maybe_unused]] const Result<> probes = set_keepalive(fd, address.keep_alive(), address.probes());
     const int unanswered_ms = 60'000;
     ::setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &unanswered_ms, sizeof unanswered_ms);
     [[maybe_unused]] const Result<> no_delay = set_tcp_nodelay(fd);
@@ -79,7 +79,8 @@ Task<Result<UniqueFd>> Attempt::connect(const ClientConfig* config) {
         }
         const int result = co_await connect_to(fd.get(), &target);
         if (result >= 0) {
-            if (target.storage.ss_family == AF_INET || target.storage.ss_family == AF_INET6) watch_peer(fd.get());
+            if (target.storage.ss_family == AF_INET || target.storage.ss_family == AF_INET6)
+                watch_peer(fd.get(), address);
             co_return fd;
         }
         Loop::current().forget_fd(fd.get());

@@ -10,6 +10,7 @@ import re
 import resource
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -144,12 +145,31 @@ class Addresses(Managed):
 
     def timer_of(self, port, client):
         """What the kernel waits for on the server's end of a connection, once everything sent has arrived."""
-        mine = client.socket.getsockname()[1]
+        return self.timer(f"sport = :{port} and dport = :{client.socket.getsockname()[1]}")
 
-        def timer():
-            line = subprocess.run(["ss", "-Htno", f"sport = :{port} and dport = :{mine}"], capture_output=True, text=True).stdout
+    def timer(self, which):
+        def shown():
+            line = subprocess.run(["ss", "-Htno", which], capture_output=True, text=True).stdout
             return "timer:(on" not in line and line
-        return wait_for(timer, "what was sent to be acknowledged")
+        return wait_for(shown, "what was sent to be acknowledged")
+
+    def test_options_of_an_address_that_is_connected_to(self):
+        require_gantry("the reference does not know them yet")
+        require("ss")
+        self.start()
+        port = free_port()
+        self.qmp.cmd("nbd-server-start", {"addr": {"type": "inet", "host": "127.0.0.1", "port": str(port)}})
+        self.export()
+        server = {"type": "inet", "host": "127.0.0.1", "port": str(port), "numeric": True}
+        add = {"driver": "nbd", "node-name": "far", "export": "disk", "read-only": True}
+        for alive, shown in (({"keep-alive-idle": 2000}, "keepalive,33min"), ({"keep-alive": False}, None)):
+            self.qmp.cmd("blockdev-add", {**add, "server": {**server, **alive}})
+            line = self.timer(f"dport = :{port}")
+            self.assertTrue(shown in line if shown else "keepalive" not in line, line)
+            self.qmp.cmd("blockdev-del", {"node-name": "far"})
+        for bad, text in (({**server, "host": "localhost"}, "address resolution failed"),
+                          ({"type": "unix", "path": self.path("x"), "mode": "0600"}, "'mode' and 'group' are for listening")):
+            self.assertIn(text, self.qmp.error("blockdev-add", {**add, "server": bad})[1])
 
     def test_abstract_names(self):
         self.start()
@@ -587,6 +607,27 @@ class GoodBye(Managed):
         self.assertLess(time.monotonic() - begin, 5)
         for client in clients:
             self.assertTrue(client.ends())
+
+
+class Storms(Managed):
+    def test_connections_that_want_nothing_disturb_nobody(self):
+        self.start()
+        port = free_port()
+        self.qmp.cmd("nbd-server-start", {"addr": {"type": "inet", "data": {"host": "127.0.0.1", "port": str(port)}}})
+        self.export()
+        good = self.entered(("127.0.0.1", port))
+        for i in range(600):
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                if i % 3 == 1:
+                    client.sendall(os.urandom(64))
+                if i % 3 == 2:  # a reset instead of an end
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if i % 50 == 0:
+                good.read(0, 4096)
+        self.check(("127.0.0.1", port))
+        if gantry_test.IS_GANTRY:
+            wait_for(lambda: len(self.servers()[""]["clients"]) == 1, "the others to be gone")
+        good.read(0, 4096)
 
 
 class Start(Managed):

@@ -367,3 +367,21 @@ TEST_CASE("nbd server: before the end new requests and options are refused, what
     stopper.join();
     CHECK(negotiating.ends());
 }
+
+TEST_CASE("nbd server: requests that were answered late are no longer in flight", "[nbd][server]") {
+    NbdDaemon daemon;
+    daemon.serve_disk({{"fast", false}});
+    NbdClient client(daemon.socket_path());
+    client.enter("disk");
+    auto& disk = daemon.disk();
+    disk.hold = true;
+    client.request(kCmdRead, 7, 0, 512);
+    const auto in_flight = [&] {
+        const json::object about = daemon.server().details();
+        return about.at("clients").get_array().at(0).at("in-flight").to_number<int>();
+    };
+    CHECK(daemon.eventually([&] { return in_flight() == 1; }));
+    disk.hold = false;
+    CHECK(client.reply().cookie == 7);
+    CHECK(daemon.eventually([&] { return in_flight() == 0; }));
+}
