@@ -9,8 +9,10 @@ namespace gantry::nbd::client {
 
 namespace {
 
+/// What an error of an unknown kind may have beside its code and its text.
+constexpr size_t kUnknownPart = 64;
 /// The longest part of an answer that must stand in one piece: an error with its text.
-constexpr size_t kReplyRoom = 4096 + 64;
+constexpr size_t kReplyRoom = kMaxString + 6 + kUnknownPart;
 /// Received beyond what is known to come, while large reads are under way: their data is not to end up here.
 constexpr size_t kSmallWindow = 512;
 /// Answers before other coroutines of the loop get their turn.
@@ -369,7 +371,7 @@ Task<bool> Link::read_error_chunk(Operation& op, ReplyHeader header) {
     const bool with_offset = header.type == kChunkErrorOffset;
     const size_t fixed = with_offset ? 14 : 6;
     const bool known = header.type == kChunkError || with_offset;
-    if (header.length < fixed || header.length > kMaxString + fixed + (known ? 0 : 64)) {
+    if (header.length < fixed || header.length > kMaxString + fixed + (known ? 0 : kUnknownPart)) {
         co_return violation("an error of {} bytes", header.length);
     }
     const auto length = static_cast<size_t>(header.length);

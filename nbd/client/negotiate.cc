@@ -379,7 +379,9 @@ Result<> check_same_export(const Negotiated& first, const Negotiated& now, bool 
     if (writable && now.can(kReadOnly)) return differs("it is read-only now");
     if (first.context_id && !now.context_id) return differs("it has lost its meta context");
     if (first.extended && !now.extended) return differs("the server has no extended headers any more");
-    for (const auto& [flag, name] : {std::pair{kSendFlush, "FLUSH"}, std::pair{kSendFua, "FUA"}}) {
+    // Without CAN_MULTI_CONN a flush of one connection says nothing about what others have written.
+    for (const auto& [flag, name] :
+         {std::pair{kSendFlush, "FLUSH"}, std::pair{kSendFua, "FUA"}, std::pair{kCanMultiConn, "CAN_MULTI_CONN"}}) {
         if (first.can(flag) && !now.can(flag)) return differs(fmt::format("the server has no {} any more", name));
     }
     if (now.min_block > std::max(first.min_block, 1u)) return differs("its smallest block has grown");

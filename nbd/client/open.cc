@@ -97,8 +97,11 @@ Task<Result<std::shared_ptr<Node>>> open_nbd(OpenContext& context) {
     while (links.size() < wanted) {
         links.push_back(std::make_shared<Link>(*loops[(begin + links.size()) % loops.size()], config, refusal));
     }
+    // One connection can come back to a server that does not allow several.
+    Negotiated expected = *opened;
+    if (wanted == 1) expected.flags &= static_cast<uint16_t>(~kCanMultiConn);
     // The others connect meanwhile: a server may let them wait, or turn them away.
-    for (const auto& link : links) co_await run_on(link->loop(), start_link(link, *opened, writable));
+    for (const auto& link : links) co_await run_on(link->loop(), start_link(link, expected, writable));
     log::info("node '{}': connected to NBD server '{}', export '{}', {} bytes, up to {} connections{}{}",
               context.node_name(), config->address.text(), config->export_name, opened->size, links.size(),
               config->tls ? ", TLS" : "",

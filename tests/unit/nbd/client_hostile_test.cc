@@ -167,6 +167,13 @@ TEST_CASE("nbd client: chunks that make no sense are refused", "[nbd][client]") 
     Wire outside = ScriptPeer::error_payload(5, "");
     append(outside, uint64_t{12289});
     CHECK_THAT(with(1, nbd::kChunkErrorOffset, outside), Contains("an error at 12289"));
+
+    // An error of an unknown kind, as long as it may be, and longer.
+    Wire longest = ScriptPeer::error_payload(nbd::kWireIo, std::string(4096, 'x'));
+    longest.resize(4096 + 6 + 64);
+    CHECK_THAT(with(1, 0x80ff, longest), Contains("Input/output error (it says: xxx"));
+    longest.push_back(0);
+    CHECK_THAT(with(1, 0x80ff, longest), Contains("an error of 4167 bytes"));
 }
 
 TEST_CASE("nbd client: errors arrive with their reason, and the connection lives on (nbdcopy CVE-2022-0485)",
@@ -288,6 +295,31 @@ TEST_CASE("nbd client: a lie on one of several connections ends the use of all",
     CHECK_THAT(f.read(0, 512), Contains("with a chunk of type 99"));
     CHECK_THAT(f.read(0, 512), Contains("is used any more") && Contains("with a chunk of type 99"));
     CHECK(f.server->connections() == 3);
+}
+
+TEST_CASE("nbd client: several connections are made again only where a flush is for all of them",
+          "[nbd][client][reconnect][once]") {
+    const bool several = GENERATE(false, true);
+    std::atomic<int> up{0};
+    ClientFixture f([&, several](ScriptPeer& peer, int number) {
+        const int first = several ? 2 : 1;
+        constexpr uint16_t kFlags = nbd::kHasFlags | nbd::kSendFlush;
+        peer.negotiate({.flags = static_cast<uint16_t>(number < first ? kFlags | nbd::kCanMultiConn : kFlags)});
+        ++up;
+        if (number < first) {
+            peer.request();
+            return;
+        }
+        peer.serve();
+    });
+    REQUIRE(f.open(std::string(", 'reconnect-delay': 1, 'multi-conn': ") + (several ? "2" : "1")) == "");
+    CHECK(f.run(wait_until([&] { return up == (several ? 2 : 1); })));
+    const std::string error = f.read(0, 512);
+    if (several) {
+        CHECK_THAT(error, Contains("the server has no CAN_MULTI_CONN any more"));
+    } else {
+        CHECK(error == "");
+    }
 }
 
 // ---- Negotiation ----
