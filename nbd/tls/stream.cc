@@ -27,6 +27,8 @@ constexpr size_t kRecordSize = 16u << 10;
 constexpr size_t kOutputMax = 8u << 20;
 /// send(): encrypted at one go before others on this loop run.
 constexpr size_t kSendShare = 256u << 10;
+/// Taken from the socket by one try_recv() before others on this loop run, whether it holds data or not.
+constexpr size_t kReceiveShare = 512u << 10;
 /// Warning alerts of a handshake that we listen to.
 constexpr int kMaxWarnings = 8;
 /// Records after it that are neither data nor an end.
@@ -322,7 +324,7 @@ Task<int> TlsStream::fill(int fd) {
 int TlsStream::try_recv(int fd, void* data, size_t size) {
     Session& s = *session_;
     auto* to = static_cast<uint8_t*>(data);
-    size_t have = 0;
+    size_t have = 0, taken = 0;
     int end = -EAGAIN;
     while (have < size) {
         if (s.broken || s.peer_left) {
@@ -335,12 +337,15 @@ int TlsStream::try_recv(int fd, void* data, size_t size) {
         } else if (n == 0) {
             s.peer_left = true;
         } else if (n == GNUTLS_E_AGAIN) {
-            if (have) break;
+            // A record without data (a key update, a ticket) ends a call, too: what follows it is here.
+            if (in_pos_ != in_end_) continue;
+            if (have || taken >= kReceiveShare) break;
             const int got = try_fill(fd);
             if (got < 0) {
                 end = got;
                 break;
             }
+            taken += in_end_;
         } else {
             s.received_oddity(static_cast<int>(n));
         }

@@ -19,8 +19,9 @@ import gantry_test
 import nbd_raw as nbd
 import tls_case
 from gantry_test import IS_GANTRY, KIB, MIB, require_gantry, wait_for
+from gnutls_raw import GnutlsSocket
 from nbd_raw import Closed
-from tls_case import TlsCase
+from tls_case import TlsCase, shared
 
 setUpModule, tearDownModule = tls_case.set_up, tls_case.tear_down
 
@@ -160,6 +161,33 @@ class Robustness(TlsCase):
                 message = message[step:]
             self.assertEqual({struct.unpack(">4xIQ", client.receive(16)) for _ in range(2)}, {(0, 5), (0, 6)})
             self.assertEqual(client.read(777, len(data)), data, round_)
+
+    def gnutls(self):
+        client = self.greeted()
+        self.assertEqual(client.final(nbd.OPT_STARTTLS), nbd.ACK)
+        client.socket = GnutlsSocket(client.socket, *shared["alice"])
+        return client
+
+    def test_what_follows_a_key_update_is_not_lost(self):
+        """Records without data (key updates, empty ones) in one piece with requests, in the handshake and after it."""
+        self.serve()
+        content = pathlib.Path(self.image).read_bytes()
+        option = nbd.info("disk")
+        for of_peer in (False, True):
+            client = self.gnutls()
+            client.socket.hold()
+            client.socket.update_key(of_peer)
+            client.send(struct.pack(">QII", nbd.IHAVEOPT, nbd.OPT_GO, len(option)) + option)
+            client.socket.flush()
+            self.assertEqual(client.replies(nbd.OPT_GO)[-1][0], nbd.ACK)
+            for offset in (0, 4096, 9999):
+                client.socket.hold()
+                client.socket.update_key(of_peer)
+                client.socket.send_nothing(padding=1 + offset)
+                client.send(nbd.request(nbd.READ, offset, 1000))
+                client.socket.flush()
+                self.assertEqual(client.receive(16 + 1000)[16:], content[offset:offset + 1000])
+        self.alive()
 
     def test_broken_record_ends_the_connection_only(self):
         self.serve()
