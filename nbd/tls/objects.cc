@@ -153,6 +153,15 @@ Result<TlsPolicy> tls_policy(const json::object& raw) {
     TlsPolicy policy;
     policy.authz = options.str("tls-authz");
     policy.required = options.flag("tls-required", true);
+    // Whoever asks for authorization gets it, or no server.
+    if (options.has("tls-authz") && policy.authz.empty()) {
+        return fail(ErrorKind::kInvalid, "Parameter 'tls-authz' expects the id of an authorization object, not ''");
+    }
+    if (options.has("tls-authz") && !policy.required) {
+        return fail(
+            ErrorKind::kInvalid,
+            "'tls-authz' is of no use with tls-required=off: clients without TLS would not be asked for a name");
+    }
     if (options.has("tls-creds")) {
         TRY(policy.object, find_tls_object(options.str("tls-creds"), TlsEndpoint::kServer));
     } else if (options.has("tls-authz") || options.has("tls-required")) {

@@ -145,6 +145,17 @@ class Authorization(TlsCase):
         server.qmp.cmd("object-add", {"qom-type": "secret", "id": "az", "data": "x"})
         self.check(False, False)
 
+    def test_rules_that_nobody_would_be_held_to(self):
+        """A server that asks only some of its clients, or an object without a name, would be an open door."""
+        require_gantry("the reference lets everybody, or nobody, in")
+        server = self.serve("authz-list,id=az")
+        address = {"id": "other", "addr": {"type": "unix", "data": {"path": self.path("other.sock")}}, "tls-creds": "tls"}
+        self.assertEqual(server.qmp.error("nbd-server-start", {**address, "tls-authz": "az", "tls-required": False})[1],
+                         "'tls-authz' is of no use with tls-required=off: clients without TLS would not be asked for a name")
+        self.assertEqual(server.qmp.error("nbd-server-start", {**address, "tls-authz": ""})[1],
+                         "Parameter 'tls-authz' expects the id of an authorization object, not ''")
+        self.assertFalse(os.path.exists(self.path("other.sock")))
+
     def test_list(self):
         server = self.serve(server=",tls-authz=az")
 
