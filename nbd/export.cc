@@ -56,12 +56,15 @@ Task<Result<>> NbdExport::start() {
     Servers* servers = process_servers();
     CHECK(servers, "the NBD servers are set before exports are made");
     const std::string id = schema::Options(context_.options).str("server");
-    Server* server = servers->find(id);
-    if (!server) {
-        co_return fail(ErrorKind::kInvalid, "NBD server not running: there is none with id '{}'; start it first", id);
-    }
+    const auto missing = [&] {
+        return fail(ErrorKind::kInvalid, "NBD server not running: there is none with id '{}'; start it first", id);
+    };
+    if (!servers->find(id)) co_return missing();
     CO_CHECK(co_await contexts_.acquire(root(), context_.options, writable(), root().user()));
-    Result<> added = server->add_export(*this);
+    // It may have been stopped, and be gone, while the nodes of the bitmaps were waited for.
+    Server* server = servers->find(id);
+    Result<> added = missing();
+    if (server) added = server->add_export(*this);
     if (!added) {
         co_await contexts_.release();
         co_return added;
