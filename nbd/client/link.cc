@@ -210,6 +210,10 @@ Task<void> Link::reconnect() {
             wanted_ = false;
             const bool was_up = was_up_;
             adopt(std::move(*connected));
+            if (!was_up) {
+                failed_ = 0;
+                next_attempt_ = {};
+            }
             delay_.cancel();
             log::info("node '{}': connected to NBD server '{}' {}", config_->node_name, config_->address.text(),
                       was_up ? "again" : "once more");
