@@ -169,9 +169,9 @@ TEST_CASE("nbd client: chunks that make no sense are refused", "[nbd][client]") 
     CHECK_THAT(with(1, nbd::kChunkErrorOffset, outside), Contains("an error at 12289"));
 
     // An error of an unknown kind, as long as it may be, and longer.
-    Wire longest = ScriptPeer::error_payload(nbd::kWireIo, std::string(4096, 'x'));
+    Wire longest = ScriptPeer::error_payload(nbd::kWireIo, std::string(4096, 'y'));
     longest.resize(4096 + 6 + 64);
-    CHECK_THAT(with(1, 0x80ff, longest), Contains("Input/output error (it says: xxx"));
+    CHECK_THAT(with(1, 0x80ff, longest), Contains("Input/output error (it says: yyy"));
     longest.push_back(0);
     CHECK_THAT(with(1, 0x80ff, longest), Contains("an error of 4167 bytes"));
 }
