@@ -25,14 +25,12 @@ struct MetaContext {
 };
 using ContextList = std::vector<MetaContext>;
 
-/// What SET_META_CONTEXT chose: bound to the export name it was asked for.
+/// What SET_META_CONTEXT chose: bound to the export name it was asked for, and to the export that had the name then.
 struct ContextSelection {
     std::string export_name;
     ContextList contexts;
-    void clear() {
-        export_name.clear();
-        contexts.clear();
-    }
+    std::shared_ptr<const ContextList> offered;  // each export with contexts of its own has a list of its own
+    void clear() { *this = {}; }
 };
 
 /// base:allocation alone: what every export has.

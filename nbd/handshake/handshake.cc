@@ -68,7 +68,7 @@ HandshakeStep Handshake::oversized_option(uint32_t number, std::vector<uint8_t>&
 uint16_t Handshake::transmission_flags(std::string_view name, const ExportFacts& facts) const {
     uint16_t flags = facts.flags;
     if (structured()) flags |= kSendDf;
-    const bool contexts = selection_.export_name == name && !selection_.contexts.empty();
+    const bool contexts = selected(name, facts) && !selection_.contexts.empty();
     if (extended_ && contexts) flags |= kBlockStatusPayload;
     return flags;
 }
@@ -76,7 +76,8 @@ uint16_t Handshake::transmission_flags(std::string_view name, const ExportFacts&
 HandshakeStep Handshake::enter(std::string export_name) {
     result_.structured = structured();
     result_.extended = extended_;
-    if (selection_.export_name == export_name) result_.contexts = selection_.contexts;
+    const auto facts = exports_.find(export_name);
+    if (facts && selected(export_name, *facts)) result_.contexts = selection_.contexts;
     result_.export_name = std::move(export_name);
     return HandshakeStep::kEnter;
 }

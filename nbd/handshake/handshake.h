@@ -116,6 +116,10 @@ class Handshake {
     uint16_t transmission_flags(std::string_view name, const ExportFacts& facts) const;
 
   private:
+    /// The selection was made for this very export: another one may have taken its name since.
+    bool selected(std::string_view name, const ExportFacts& facts) const {
+        return selection_.export_name == name && selection_.offered == facts.contexts;
+    }
     bool refuse_in_the_clear(uint32_t number, OptionOutput& output, HandshakeStep& step) const;
 
     const ExportDirectory& exports_;

@@ -34,7 +34,7 @@ HandshakeStep meta_context(Handshake& hs, Payload payload, OptionOutput& out, bo
     }
     ContextList chosen = match_contexts(*facts->contexts, request->queries, listing);
     for (const MetaContext& context : chosen) context_reply(out, listing ? 0 : context.id, context.name);
-    if (!listing) hs.selection() = {std::string(request->name), std::move(chosen)};
+    if (!listing) hs.selection() = {std::string(request->name), std::move(chosen), facts->contexts};
     out.ack();
     return HandshakeStep::kContinue;
 }

@@ -129,6 +129,25 @@ class Wire(Contexts):
         self.assertEqual(set(chosen), everything)
         self.assertEqual(len(set(chosen.values())), len(everything))
 
+    def test_a_selection_is_not_for_the_next_export_of_the_name(self):
+        """Else a backup would be told that nothing is dirty, by a bitmap that is gone."""
+        gt.require_gantry("extended headers")
+        export = {"type": "nbd", "id": "x", "name": "x", "writable": True, "bitmaps": ["b"]}
+        for node in ("old", "new"):
+            self.q.cmd("blockdev-add", {"driver": "file", "node-name": node, "filename": self.raw_image(node, MIB)})
+            self.bitmap("add", node, "b", granularity=65536)
+        self.q.cmd("block-export-add", {**export, "node-name": "old"})
+        client = self.raw()
+        client.greet()
+        self.assertEqual(client.final(nbd.OPT_EXTENDED), nbd.ACK)
+        client.select("x", "qemu:dirty-bitmap:b")
+        self.delete("x")
+        self.q.cmd("blockdev-del", {"node-name": "old"})
+        self.q.cmd("block-export-add", {**export, "node-name": "new"})
+        self.assertFalse(client.go("x")[1] & nbd.T_STATUS_PAYLOAD)
+        client.extended = True
+        self.assertEqual(client.ask(nbd.BLOCK_STATUS, 0, MIB), nbd.EINVAL)
+
     def test_contexts_not_asked_for_are_not_there(self):
         self.export("plain")
         client = self.raw()
