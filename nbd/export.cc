@@ -77,7 +77,6 @@ Task<void> NbdExport::stop() {
     if (server_) server_->remove_export(*this);
     for (Connection* connection : connections_) connection->cut();
     while (!connections_.empty()) co_await left_.wait();
-    server_ = nullptr;
     co_await contexts_.release();
 }
 

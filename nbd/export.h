@@ -42,7 +42,7 @@ class NbdExport final : public exports::Export {
   private:
     std::string name_;
     std::string description_;
-    Server* server_ = nullptr;  // while started
+    Server* server_ = nullptr;  // once started; it waits for the export to be gone before it goes
     std::list<Connection*> connections_;
     size_t next_loop_ = 0;
     ExportContexts contexts_;

@@ -304,6 +304,18 @@ class Shutdown(Server):
         self.export()
         self.entered().read(0, 512)
 
+    def test_no_export_is_left_when_a_server_has_stopped(self):
+        self.serve()
+        for round_ in range(20):
+            client = self.entered()
+            client.read(0, 512)
+            if round_ % 2:
+                client.close()
+            self.qmp.cmd("nbd-server-stop")
+            self.assertEqual(self.qmp.cmd("query-block-exports"), [])
+            self.start_nbd(self.qmp)
+            self.export()
+
     def test_quit_and_signals_leave_no_socket(self):
         for number in (None, signal.SIGTERM, signal.SIGINT):
             self.serve()
