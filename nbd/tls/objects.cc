@@ -94,6 +94,8 @@ Result<> TlsObjects::remove(std::string_view id) {
 }
 
 Task<Result<>> TlsObjects::reload(std::string id) {
+    // One after the other: who was asked first must not replace what the next one read.
+    const AsyncMutex::Guard turn = co_await reloading_.lock();
     std::vector<std::string> ids;
     if (!id.empty()) {
         if (!has(id)) {
@@ -110,14 +112,17 @@ Task<Result<>> TlsObjects::reload(std::string id) {
     for (const std::string& name : ids) {
         const auto it = objects_.find(name);
         if (it == objects_.end()) continue;  // deleted meanwhile
-        const std::shared_ptr<TlsObject> object = it->second;
-        auto options = read_options(object->options(), secrets_);
+        // It may be deleted meanwhile.
+        const std::weak_ptr<TlsObject> asked = it->second;
+        auto options = read_options(it->second->options(), secrets_);
         Result<std::shared_ptr<const TlsCredentials>> loaded = nullptr;
         if (options) {
             loaded = co_await load_from(std::move(*options));
         } else {
             loaded = std::unexpected(std::move(options).error());
         }
+        const std::shared_ptr<TlsObject> object = asked.lock();
+        if (!object) continue;
         if (loaded) {
             object->replace(std::move(*loaded));
         } else {

@@ -11,6 +11,7 @@
 
 #include "block/crypto/secrets.h"
 #include "nbd/tls/credentials.h"
+#include "runtime/sync.h"
 #include "runtime/task.h"
 #include "schema/value.h"
 
@@ -63,6 +64,7 @@ class TlsObjects {
   private:
     const block::crypto::Secrets& secrets_;
     std::map<std::string, std::shared_ptr<TlsObject>, std::less<>> objects_;
+    AsyncMutex reloading_;
     std::function<bool(std::string_view id)> is_other_;
 };
 
