@@ -6,6 +6,7 @@
 
 #include "block/crypto/secrets.h"
 #include "block/jobs/job.h"
+#include "block/last_requests.h"
 #include "block/node_flags.h"
 #include "block/size_watch.h"
 #include "runtime/buffer.h"
@@ -177,6 +178,7 @@ Task<Result<>> Graph::remove(std::string_view node_name) {
 
 Task<void> Graph::close_node(std::shared_ptr<Node> node) {
     node->closed_ = true;
+    LastRequests last(node);
     if (node->quiesce_count_ == 0) co_await node->quiesce();
     if (!node->read_only()) {
         Request rq = Request::internal();
@@ -184,6 +186,7 @@ Task<void> Graph::close_node(std::shared_ptr<Node> node) {
         if (!flushed) log::error("node '{}': flush before closing: {}", node->name(), flushed.error().message());
     }
     co_await node->close();
+    co_await last.over();
     for (const auto& child : node->children_) std::erase(child->node->parents_, child.get());
     node->children_.clear();
     std::erase(all_, node);

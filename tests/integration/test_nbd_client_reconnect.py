@@ -119,6 +119,32 @@ class Reconnect(NodeCase):
         self.q.cmd("blockdev-del", node_name="n")
         self.assertLess(time.monotonic() - begin, 8)
 
+    def test_closing_an_image_does_not_wait_for_a_lost_server(self):
+        """Its metadata is not yet written; the node of the server stays."""
+        disk = self.raw_image("disk.raw", SIZE)
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "4M"], check=True)
+        os.truncate(disk, SIZE)
+        server = self.nbdkit("file", disk)
+        self.empty_client()
+        self.q.cmd("blockdev-add", **self.add(server, reconnect_delay=600))
+        self.q.cmd("blockdev-add", driver="qcow2", node_name="top", file="n")
+        out = self.path("out.sock")
+        self.q.cmd("nbd-server-start", addr={"type": "unix", "data": {"path": out}})
+        self.q.cmd("block-export-add", type="nbd", id="out", node_name="top", writable=True)
+        h = libnbd().NBD()
+        h.connect_uri(self.uri(out, "top"))
+        h.pwrite(b"y" * 65536, 65536)
+        h.shutdown()
+        self.q.cmd("block-export-del", id="out")
+        self.q.event("BLOCK_EXPORT_DELETED", id="out")
+        server.kill()
+        server.wait()
+        os.unlink(server.socket)
+        begin = time.monotonic()
+        self.q.cmd("blockdev-del", node_name="top")
+        self.q.cmd("blockdev-del", node_name="n")
+        self.assertLess(time.monotonic() - begin, 8)
+
     def test_a_server_that_does_not_answer_is_left_in_the_end(self):
         """Stopped, not dead: its socket is as good as ever."""
         server = self.nbdkit("memory", str(SIZE))

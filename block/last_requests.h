@@ -1,0 +1,31 @@
+// LastRequests: what a node that is being closed still writes does not wait for ever.
+
+#pragma once
+
+#include <memory>
+
+#include "block/node.h"
+#include "runtime/task_scope.h"
+#include "runtime/timer.h"
+
+namespace gantry::block {
+
+/// From its construction on, requests of `node` - and of those below it that nobody else uses - that wait for a server
+/// that is lost fail; after a minute so do those that a server does not answer (Node::cancel_in_flight()). Until
+/// over(), which must have returned before it is destroyed. Main loop.
+class LastRequests {
+  public:
+    explicit LastRequests(std::shared_ptr<Node> node);
+    LastRequests(const LastRequests&) = delete;
+    Task<void> over();
+
+  private:
+    Task<void> limit();
+
+    std::shared_ptr<Node> node_;
+    Timer timer_;
+    bool over_ = false;
+    TaskScope scope_;
+};
+
+}  // namespace gantry::block
