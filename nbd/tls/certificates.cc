@@ -14,11 +14,11 @@ constexpr size_t kMaxNames = 16;  // quoted in a message
 template <class Get>
 std::string dn_text(Get get) {
     size_t size = 0;
-    if (get(nullptr, &size) != GNUTLS_E_SHORT_MEMORY_BUFFER || size > 64u << 10) return "(no name)";
+    if (get(nullptr, &size) != GNUTLS_E_SHORT_MEMORY_BUFFER || size > 64u << 10) return std::string(kNoCertificateName);
     std::string text(size, '\0');
-    if (get(text.data(), &size) != 0) return "(no name)";
+    if (get(text.data(), &size) != 0) return std::string(kNoCertificateName);
     while (!text.empty() && text.back() == '\0') text.pop_back();
-    if (text.empty()) return "(no name)";
+    if (text.empty()) return std::string(kNoCertificateName);
     // It may come from a stranger, and goes into the log: RFC 4514 allows \XX for any byte.
     std::string out;
     for (const char c : text) {

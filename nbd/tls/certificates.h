@@ -15,7 +15,8 @@ namespace gantry::nbd {
 /// All certificates of a PEM text; at most 16. `path` is for the error.
 Result<std::vector<CertificatePtr>> import_certificates(std::string_view pem, std::string_view path);
 
-std::string certificate_subject(gnutls_x509_crt_t certificate);  // RFC 4514; "(no name)"
+inline constexpr std::string_view kNoCertificateName = "(no name)";
+std::string certificate_subject(gnutls_x509_crt_t certificate);  // RFC 4514, or kNoCertificateName
 std::string certificate_issuer(gnutls_x509_crt_t certificate);
 /// Names and addresses a client may verify: "a.example, 10.0.0.1".
 std::string certificate_names(gnutls_x509_crt_t certificate);

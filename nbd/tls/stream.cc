@@ -236,7 +236,9 @@ int TlsStream::Session::verify() {
                               certificate_names(chain.front().get()));
         return GNUTLS_E_CERTIFICATE_ERROR;
     }
-    stream->peer_name_ = certificate_subject(chain.front().get());
+    std::string subject = certificate_subject(chain.front().get());
+    // Who has no name is nobody, whom no rule lets in.
+    if (subject != kNoCertificateName) stream->peer_name_ = std::move(subject);
     return 0;
 }
 

@@ -241,6 +241,15 @@ class Authorization(TlsCase):
         self.check(False, False)
         self.logged("needs a client whose name was verified")
 
+    def test_a_certificate_without_a_name_is_nobody(self):
+        require_gantry("the reference lets it in")
+        ca = shared["ca"]
+        nameless = ca._new("nameless", ["signing_key", "tls_www_client"], (ca.cert, ca.key))
+        self.serve("authz-list,id=az,policy=allow", server=",tls-authz=az")
+        self.check(True, True)
+        self.assertFalse(self.admitted(nameless))
+        self.logged("needs a client whose name was verified")
+
 
 class Reload(TlsCase):
     def served_name(self):
