@@ -12,13 +12,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 import gantry_test as gt
 import nbd_raw as nbd
 from gantry_test import IS_GANTRY, KIB, MIB
+from nbd_case import RawCase
 
 BITMAP = "qemu:dirty-bitmap:"
 DEPTH = "qemu:allocation-depth"
 SIZE = 4 * MIB
 
 
-class Contexts(gt.Case):
+class Contexts(RawCase):
     """An overlay `top` over `base`; bitmap `low` on base, `b0` and `b1` on top, all disabled. What was written:
 
     base 0-1M; top 512K-1M and 3M-3.5M (zeroes) before any bitmap; then, at top, 1M-1M+64K into b0 and b1 and 2M-2M+64K into b1.
@@ -63,11 +64,6 @@ class Contexts(gt.Case):
     def io(self, *commands, export="w"):
         words = [word for command in commands for word in ("-c", command)]
         return self.run_tool("qemu-io", "-f", "raw", *words, self.uri(self.socket, export)).stdout
-
-    def raw(self):
-        client = nbd.Raw(self.socket)
-        self.addCleanup(client.close)
-        return client
 
     def entered(self, export, *queries, **options):
         client = self.raw()

@@ -12,13 +12,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 import gantry_test as gt
 import nbd_raw as nbd
 from gantry_test import GIB, KIB, MIB
+from nbd_case import RawCase
 
 HUGE = 64 * GIB  # lengths that 32 bits cannot hold
 SMALL = 2 * MIB
 BITMAP = "qemu:dirty-bitmap:b"
 
 
-class Extended(gt.Case):
+class Extended(RawCase):
     def setUp(self):
         super().setUp()
         gt.require_gantry("the installed reference has no extended headers")
@@ -39,11 +40,6 @@ class Extended(gt.Case):
         for node, more in (("huge", {"bitmaps": ["b"], "allocation-depth": True}), ("small", {})):
             self.q.cmd("block-export-add", {"type": "nbd", "id": node, "node-name": node, "writable": True, **more})
         self.q.cmd("block-export-add", {"type": "nbd", "id": "ro", "node-name": "small", "name": "ro"})
-
-    def raw(self):
-        client = nbd.Raw(self.socket)
-        self.addCleanup(client.close)
-        return client
 
     def entered(self, name="small", *queries):
         client = self.raw()

@@ -13,8 +13,8 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 import gantry_test
 import nbd_raw as nbd
-from gantry_test import IS_GANTRY, KIB, MIB, Case, require_gantry
-from nbd_raw import Raw
+from gantry_test import IS_GANTRY, KIB, MIB, require_gantry
+from nbd_case import RawCase
 
 SIZE = 2 * MIB
 
@@ -28,7 +28,7 @@ NO_SPACE = ours(nbd.ENOSPC, nbd.EINVAL)
 PERM = ours(nbd.EPERM, nbd.EINVAL)
 
 
-class Protocol(Case):
+class Protocol(RawCase):
     def setUp(self):
         super().setUp()
         self.image = self.raw_image("disk.raw", SIZE)
@@ -41,25 +41,6 @@ class Protocol(Case):
             "--nbd-server", f"addr.type=unix,addr.path={self.socket},max-connections=20",
             "--export", "type=nbd,id=rw,node-name=disk,name=disk,writable=on,description=a disk",
             "--export", "type=nbd,id=ro,node-name=disk,name=ro")
-
-    def raw(self):
-        client = Raw(self.socket)
-        self.addCleanup(client.close)
-        return client
-
-    def greeted(self):
-        client = self.raw()
-        self.assertEqual(client.greet(), 3)
-        return client
-
-    def entered(self, name="disk", **options):
-        client = self.raw()
-        client.enter(name, **options)
-        return client
-
-    def contents(self):
-        with open(self.image, "rb") as file:
-            return file.read()
 
     def alive(self):
         """The server still serves others."""

@@ -14,11 +14,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 import gantry_test as gt
 import nbd_raw as nbd
 from gantry_test import GIB, IS_GANTRY, KIB, MIB
+from nbd_case import RawCase
 
 SIZE = 1 * MIB + 1000  # the last block is not whole
 
 
-class Traps(gt.Case):
+class Traps(RawCase):
     def setUp(self):
         super().setUp()
         self.image = self.raw_image("disk.raw", SIZE, gt.text_block)
@@ -36,25 +37,6 @@ class Traps(gt.Case):
             self.assertEqual(len(client.read(0, 4096)), 4096)
             client.close()
         super().tearDown()
-
-    def raw(self):
-        client = nbd.Raw(self.socket)
-        self.addCleanup(client.close)
-        return client
-
-    def greeted(self):
-        client = self.raw()
-        client.greet()
-        return client
-
-    def entered(self, name="disk", **options):
-        client = self.raw()
-        client.enter(name, **options)
-        return client
-
-    def contents(self):
-        with open(self.image, "rb") as file:
-            return file.read()
 
 
 class NbdServer(Traps):
