@@ -2,6 +2,7 @@
 
 #include "nbd/authz/authz.h"
 #include "runtime/blocking_pool.h"
+#include "runtime/sync.h"
 
 #ifdef GANTRY_PAM
 
@@ -10,6 +11,12 @@
 namespace gantry::nbd {
 
 namespace {
+
+/// Questions at the same time: a service that does not answer leaves half of the pool's threads to others.
+AsyncSemaphore& asking() {
+    static AsyncSemaphore slots(8);
+    return slots;
+}
 
 /// There is nobody to talk to.
 int no_conversation(int, const pam_message**, pam_response**, void*) { return PAM_CONV_ERR; }
@@ -35,7 +42,9 @@ class Pam final : public Authz {
     explicit Pam(std::string service) : service_(std::move(service)) {}
     Task<Result<bool>> allows(std::string identity) override {
         const std::string service = service_;
+        co_await asking().acquire();
         auto answer = co_await run_blocking([&] { return ask(service, identity); });
+        asking().release();
         co_return answer;
     }
 

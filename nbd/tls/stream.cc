@@ -13,6 +13,7 @@
 #include "nbd/tls/gnutls_handles.h"
 #include "runtime/blocking_pool.h"
 #include "runtime/io.h"
+#include "runtime/sync.h"
 #include "runtime/task_scope.h"
 #include "runtime/timer.h"
 
@@ -34,6 +35,13 @@ constexpr int kMaxWarnings = 8;
 /// Records after it that are neither data nor an end.
 constexpr unsigned kMaxOddities = 1000;
 constexpr std::chrono::seconds kByeTime{1};
+/// Handshakes that compute at the same time: a flood of them leaves the pool to those who wait for a disk.
+constexpr uint64_t kComputing = 4;
+
+AsyncSemaphore& computing() {
+    static AsyncSemaphore slots(kComputing);
+    return slots;
+}
 
 Task<void> cancel_after(Timer* timer, std::chrono::nanoseconds delay, CancellableIo* io) {
     const bool expired = co_await timer->after(delay);
@@ -283,7 +291,11 @@ Task<Result<>> TlsStream::handshake(int fd) {
     bool may_go_on = !s.server();
     for (;;) {
         int r = GNUTLS_E_AGAIN;
-        if (may_go_on) r = co_await run_blocking([&s] { return gnutls_handshake(s.handle.get()); });
+        if (may_go_on) {
+            co_await computing().acquire();
+            r = co_await run_blocking([&s] { return gnutls_handshake(s.handle.get()); });
+            computing().release();
+        }
         if (r < 0 && gnutls_error_is_fatal(r)) {
             // What it complains about goes to the peer, as far as it takes it.
             if (r != GNUTLS_E_FATAL_ALERT_RECEIVED) gnutls_alert_send_appropriate(s.handle.get(), r);
