@@ -68,7 +68,8 @@ Task<Result<>> walk_node(block::Channel& channel, Pace& pace, uint64_t offset, u
     co_return Result<>();
 }
 
-/// qemu:dirty-bitmap:NAME. What lies beyond the bitmap is clean. One that lost its bits may have been written anywhere.
+/// qemu:dirty-bitmap:NAME. What lies beyond the bitmap, of a smaller node, may have been written: a backup has to look
+/// at it. So may everything of one that lost its bits.
 Task<Result<>> walk_bitmap(const block::DirtyBitmap& bitmap, Pace& pace, uint64_t offset, uint64_t length,
                            ExtentList& extents) {
     const uint64_t end = offset + length;
@@ -76,8 +77,8 @@ Task<Result<>> walk_bitmap(const block::DirtyBitmap& bitmap, Pace& pace, uint64_
     unsigned runs = 0;
     for (uint64_t at = offset; at < end;) {
         uint64_t next = end;
-        bool dirty = bitmap.inconsistent;
-        if (!dirty && at < bitmap.size()) {
+        bool dirty = bitmap.inconsistent || at >= bitmap.size();
+        if (!dirty) {
             dirty = bitmap.is_dirty(at);
             next = std::min(end, bitmap.end_of_run(at, dirty, at + std::min(step, end - at)));
             runs += static_cast<unsigned>(1 + (next - at) / (step / kRunsPerTurn + 1));

@@ -340,6 +340,11 @@ Result<> Negotiator::check_result() const {
     if (!std::has_single_bit(out_.min_block) || out_.min_block > 65536) {
         return broken("{} is not a minimum block size", out_.min_block);
     }
+    if (out_.size % out_.min_block != 0) {
+        return fail(ErrorKind::kUnsupported,
+                    "export length {} is not multiple of minimum block size {}; its last bytes could not be read",
+                    out_.size, out_.min_block);
+    }
     if (!std::has_single_bit(out_.preferred_block) || out_.preferred_block < out_.min_block) {
         return broken("{} is not a preferred block size where the minimum is {}", out_.preferred_block, out_.min_block);
     }

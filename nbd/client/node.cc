@@ -50,8 +50,7 @@ void NbdNode::take_limits() {
     if (!export_.extended) {
         limits_.max_zeroes = limits_.max_discard = block::align_down(UINT32_MAX, std::max(unit, 65536u));
     }
-    // What does not fill a block cannot be asked for.
-    set_size(block::align_down(export_.size, unit));
+    set_size(export_.size);  // whole blocks: negotiate() refuses others
 }
 
 // ---- Requests ----

@@ -144,6 +144,15 @@ class Wire(Contexts):
         client.extended = True
         self.assertEqual(client.ask(nbd.BLOCK_STATUS, 0, MIB), nbd.EINVAL)
 
+    def test_nothing_is_clean_beyond_a_bitmap_of_a_smaller_node(self):
+        gt.require_gantry("the reference calls it clean")
+        self.q.cmd("blockdev-add", {"driver": "file", "node-name": "small", "filename": self.raw_image("small", MIB)})
+        self.bitmap("add", "small", "b", granularity=65536)
+        self.export("e", bitmaps=[{"node": "small", "name": "b"}])
+        client = self.entered("e", BITMAP + "b")
+        self.assertEqual(merged(client.status(0, SIZE)), [(MIB, 0), (SIZE - MIB, 1)])
+        self.assertEqual(merged(client.status(2 * MIB, MIB)), [(MIB, 1)])
+
     def test_contexts_not_asked_for_are_not_there(self):
         self.export("plain")
         client = self.raw()

@@ -449,6 +449,11 @@ TEST_CASE("nbd client: each refusal has its sentence", "[nbd][client]") {
         {sizes({0, 4096, 65536}), "0 is not a minimum block size"},
         {sizes({4096, 512, 65536}), "512 is not a preferred block size"},
         {sizes({4096, 4096, 512}), "its largest request, 512, is smaller"},
+        {[](ScriptPeer& peer, int) {
+             peer.negotiate({.size = (1 << 20) + 100, .block_sizes = {4096, 4096, 65536}});
+             peer.wait_for_end();
+         },
+         "export length 1048676 is not multiple of minimum block size 4096"},
     };
     for (const Row& row : rows) {
         INFO(row.text);

