@@ -3,22 +3,24 @@
 #include <algorithm>
 #include <chrono>
 
+#include "block/repeated_cancel.h"
+
 namespace gantry::block {
 
-namespace {
-
-/// Whether nobody has use for the node any more: it is closed, or will be.
-bool ends(const Node& node) {
+bool LastRequests::concern(const Node& node) {
     if (node.closed()) return true;
     if (node.monitor_owned() || !node.roots().empty() || node.parents().empty()) return false;
-    return std::ranges::all_of(node.parents(), [](const Child* edge) { return ends(*edge->parent); });
+    return std::ranges::all_of(node.parents(), [](const Child* edge) { return concern(*edge->parent); });
 }
+
+namespace {
 
 void cancel(Node& node) {
     node.cancel_in_flight();
     for (const auto& child : node.children()) {
         const Node& below = *child->node;
-        const bool ours = std::ranges::all_of(below.parents(), [](const Child* edge) { return ends(*edge->parent); });
+        const bool ours = std::ranges::all_of(below.parents(),
+                                              [](const Child* edge) { return LastRequests::concern(*edge->parent); });
         if (ours && below.roots().empty()) cancel(*child->node);
     }
 }
@@ -29,7 +31,7 @@ LastRequests::LastRequests(std::shared_ptr<Node> node) : node_(std::move(node)) 
 
 Task<void> LastRequests::limit() {
     // What is under way takes its time: much may have to be made stable.
-    for (std::chrono::seconds time(60); !over_; time = std::chrono::seconds(5)) {
+    for (std::chrono::seconds time(60); !over_; time = kCancelAgain) {
         cancel(*node_);
         (void)co_await timer_.after(time);
     }

@@ -19,6 +19,9 @@ class LastRequests {
     LastRequests(const LastRequests&) = delete;
     Task<void> over();
 
+    /// Whether nobody has use for the node any more: it is closed, or will be.
+    static bool concern(const Node& node);
+
   private:
     Task<void> limit();
 

@@ -11,6 +11,8 @@
 #include <filesystem>
 
 #include "block/jobs/job.h"
+#include "block/last_requests.h"
+#include "block/repeated_cancel.h"
 #include "cli/mapping_logs.h"
 #include "cli/qmp_client.h"
 #include "cli/registry.h"
@@ -248,12 +250,19 @@ Task<void> Daemon::report_status() {
     }
 }
 
+// What closing nodes write at last has its own time.
+void Daemon::cancel_requests() {
+    graph_.cancel_opening("");
+    for (block::Node* node : graph_.nodes()) {
+        if (!block::LastRequests::concern(*node)) node->cancel_in_flight();
+    }
+}
+
 // spec/qmp.md section 12.12.
 Task<void> Daemon::end_task() {
     // A command that began before may still add an export, a job or the server itself: these go in two rounds.
     monitors_.hold_commands();
-    graph_.cancel_opening("");
-    for (block::Node* node : graph_.nodes()) node->cancel_in_flight();
+    block::RepeatedCancel cancel([this] { cancel_requests(); });
     co_await graph_.jobs().cancel_all();
     co_await nbd_servers_.say_good_bye();
     co_await exports_.remove_all();
@@ -261,6 +270,7 @@ Task<void> Daemon::end_task() {
     co_await graph_.jobs().cancel_all();
     co_await exports_.remove_all();
     co_await nbd_servers_.stop_all();
+    co_await cancel.over();
     co_await graph_.close_all();
     co_await monitors_.stop();
     objects_.clear();

@@ -67,6 +67,7 @@ class Daemon {
     Task<void> wait_for_signals();
     Task<void> report_status();
     Task<void> end_task();
+    void cancel_requests();
 
     std::unique_ptr<Runtime> runtime_;
     systemd::Notifier notifier_;

@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <map>
+#include <optional>
 
+#include "block/repeated_cancel.h"
 #include "exports/export.h"
 #include "runtime/log.h"
 #include "runtime/task_scope.h"
@@ -179,9 +181,14 @@ Result<> Registry::remove(std::string_view id, RemoveMode mode) {
 }
 
 Task<void> Registry::Impl::finish_removal(Registry* registry, Entry* entry) {
-    // The requests of its clients must end, whether a lost server comes back or not.
-    if (entry->exported->has_clients()) block::Graph::cancel_in_flight(entry->exported->root().node());
+    // The requests of its clients must end, whether a lost server comes back or not; those, too, that they or layers
+    // of the graph only make now.
+    std::optional<block::RepeatedCancel> cancel;
+    if (entry->exported->has_clients()) {
+        cancel.emplace([entry] { block::Graph::cancel_in_flight(entry->exported->root().node()); });
+    }
     co_await entry->exported->stop();
+    if (cancel) co_await cancel->over();
     auto root = std::move(entry->exported->context_.root);
     entry->node_name = root->node().name();
     co_await registry->graph_.detach(std::move(root));

@@ -33,8 +33,9 @@ class ExportDisk final : public block::Node {
         allow_fast_paths(fast, fast);
     }
 
-    std::atomic<bool> hold{false};                                                  // requests wait while it is set
-    std::atomic<int> held{0};                                                       // how many wait
+    std::atomic<bool> hold{false};             // requests wait while it is set
+    std::atomic<int> held{0};                  // how many wait
+    std::atomic<bool> cancel_releases{false};  // cancel_in_flight() lets go those that wait
     std::atomic<int> fail_reads{0}, fail_writes{0}, fail_flush{0}, fail_status{0};  // errno, 0: work
     std::atomic<uint64_t> reads{0}, writes{0}, flushes{0}, discards{0}, zeroes{0}, fua_writes{0}, preloads{0};
     std::atomic<bool> last_zero_may_unmap{false};
@@ -124,6 +125,10 @@ class ExportDisk final : public block::Node {
         return 0;
     }
 
+    void cancel_in_flight() override {
+        if (cancel_releases.load()) ++cancelled_;
+    }
+
     static Task<Result<std::shared_ptr<Node>>> open(block::OpenContext& context) {
         const schema::Options options = context.options();
         co_return std::make_shared<ExportDisk>(
@@ -135,7 +140,8 @@ class ExportDisk final : public block::Node {
     Task<void> wait_while_held() {
         if (!hold.load()) co_return;
         ++held;
-        while (hold.load()) co_await sleep_for(std::chrono::microseconds(100));
+        const int before = cancelled_.load();
+        while (hold.load() && cancelled_.load() == before) co_await sleep_for(std::chrono::microseconds(100));
         --held;
     }
     void read_bytes(uint64_t offset, const IoVec& iov) {
@@ -152,6 +158,7 @@ class ExportDisk final : public block::Node {
         for (uint64_t page = offset / kPage; page <= (offset + length - 1) / kPage; ++page) present_[page] = here;
     }
 
+    std::atomic<int> cancelled_{0};
     std::mutex m_;
     std::vector<uint8_t> bytes_;
     std::vector<bool> present_;

@@ -16,6 +16,7 @@ struct Stage {
     bool clients = false;
     bool fail_start = false;
     bool hold_stop = false;
+    bool late_read = false;  // a request that begins when the removal already has
     int started = 0, stopped = 0, destroyed = 0;
     std::vector<Loop*> loops;
 } stage;
@@ -38,6 +39,12 @@ class TestExport final : public Export {
     bool has_clients() const override { return stage.clients; }
     Task<void> stop() override {
         while (stage.hold_stop) co_await sleep_for(std::chrono::microseconds(100));
+        if (stage.late_read) {
+            block::Channel* channel = co_await root().channel(Loop::current());
+            uint8_t memory[512];
+            const iovec iov{memory, sizeof memory};
+            [[maybe_unused]] const Result<> done = co_await channel->read(0, IoVec(iov));
+        }
         ++stage.stopped;
     }
 };
@@ -131,6 +138,18 @@ TEST_CASE("exports: safe removal refuses while clients are connected, hard does 
     CHECK(f.remove("zz") == "Export 'zz' is not found");
     CHECK(f.remove("a", RemoveMode::kHard) == "");
     CHECK(f.eventually([&] { return f.registry.size() == 0; }));
+}
+
+TEST_CASE("exports: a hard removal ends requests that come after it began", "[exports][once]") {
+    Fixture f;
+    auto& disk = static_cast<test::ExportDisk&>(*f.graph.find("disk"));
+    REQUIRE(f.add({{"id", "a"}, {"node-name", "disk"}}) == "");
+    disk.hold = disk.cancel_releases = true;
+    stage.clients = stage.late_read = true;
+    CHECK(f.remove("a", RemoveMode::kHard) == "");
+    CHECK(f.eventually([&] { return disk.held == 1; }));
+    CHECK(f.eventually([&] { return f.deleted.size() == 1; }));
+    disk.hold = false;
 }
 
 TEST_CASE("exports: a removal that takes time is seen as shutting down and keeps the id", "[exports]") {
