@@ -9,17 +9,13 @@ namespace gantry::nbd::client {
 
 namespace {
 
-/// What cancel() leaves a server that answers to answer.
-constexpr std::chrono::seconds kCancelGrace{5};
-/// What is left for the last flush of a node that is being closed.
-constexpr std::chrono::seconds kLastRequests{60};
 /// What close() waits for the end of a session.
 constexpr std::chrono::seconds kByeLimit{2};
 
 }  // namespace
 
-Link::Link(Loop& loop, std::shared_ptr<const ClientConfig> config, std::shared_ptr<Refusal> refusal)
-    : loop_(loop), config_(std::move(config)), refusal_(std::move(refusal)) {
+Link::Link(Loop& loop, std::shared_ptr<const ClientConfig> config, std::shared_ptr<LinkGroup> group)
+    : loop_(loop), config_(std::move(config)), group_(std::move(group)) {
     for (uint32_t slot = kSlots; slot-- > 0;) free_slots_.push_back(static_cast<uint8_t>(slot));
 }
 
@@ -64,7 +60,6 @@ void Link::adopt(Connected connected) {
     now_ = connected.negotiated;
     good_ = leaving_ = abandoned_ = stop_writing_ = broke_protocol_ = false;
     loss_.clear();
-    was_up_ = true;
     begin_ = end_ = 0;
     set_state(LinkState::kUp);
 }
@@ -155,7 +150,7 @@ void Link::lost() {
     if (broke_protocol_) {
         log::error("node '{}': NBD server '{}': {}; nothing is sent to it any more", config_->node_name,
                    config_->address.text(), loss_);
-        refusal_->refuse(loss_);
+        group_->refusal.refuse(loss_);
         set_state(LinkState::kRefused);
         fail_queued();
         return;
@@ -186,6 +181,16 @@ Task<void> Link::watch_delay() {
         fall_down();
     }
     watching_delay_ = false;
+}
+
+void Link::set_state(LinkState state) {
+    // Before its first connection it is kDown, too, and nobody misses it.
+    const LinkState before = state_.exchange(state, std::memory_order_relaxed);
+    const bool was_lost = before == LinkState::kDown && was_up_;
+    was_up_ |= state == LinkState::kUp;
+    const bool is_lost = state == LinkState::kDown;
+    if (is_lost && !was_lost) group_->lost.fetch_add(1, std::memory_order_relaxed);
+    if (was_lost && !is_lost) group_->lost.fetch_sub(1, std::memory_order_relaxed);
 }
 
 void Link::fall_down() {
@@ -233,6 +238,10 @@ Task<void> Link::reconnect() {
     if (state() == LinkState::kDown) wanted_ = false;
 }
 
+void Link::ask_again() {
+    if (state() == LinkState::kDown && was_up_ && !group_->refusal.set()) want_connection();
+}
+
 void Link::want_connection() {
     if (!config_->address.can_connect_again()) return;
     wanted_ = true;
@@ -245,15 +254,22 @@ Error Link::unavailable() const {
     if (state() == LinkState::kClosed) {
         return Error(ErrorKind::kShutdown, fmt::format("node '{}' is closed", config_->node_name), ESHUTDOWN);
     }
-    if (refusal_->set()) {
+    if (group_->refusal.set()) {
         return Error(ErrorKind::kIo,
                      fmt::format("node '{}': no connection to NBD server '{}' is used any more: {}", config_->node_name,
-                                 config_->address.text(), refusal_->why()),
+                                 config_->address.text(), group_->refusal.why()),
                      EIO);
     }
     return Error(ErrorKind::kIo,
                  fmt::format("node '{}': no connection to NBD server '{}': {}", config_->node_name,
                              config_->address.text(), last_error_.empty() ? "not yet connected" : last_error_),
+                 EIO);
+}
+
+Error Link::given_up() const {
+    return Error(ErrorKind::kIo,
+                 fmt::format("node '{}': NBD server '{}' has not answered and is given up", config_->node_name,
+                             config_->address.text()),
                  EIO);
 }
 
@@ -270,7 +286,8 @@ struct Answered {
 
 Task<Result<>> Link::execute(Operation& op) {
     const LinkState now = state();
-    if (refusal_->set()) co_return std::unexpected(unavailable());
+    if (group_->refusal.set()) co_return std::unexpected(unavailable());
+    if (group_->silence.fails_requests()) co_return std::unexpected(given_up());
     if (now == LinkState::kDown) want_connection();
     if (now != LinkState::kUp && now != LinkState::kWaiting) co_return std::unexpected(unavailable());
     const uint32_t cost = op.cost();
@@ -290,44 +307,6 @@ void Link::finish(Operation& op, Result<> result) {
 
 void Link::fail_queued() {
     while (!queued_.empty()) finish(queued_.pop(), std::unexpected(unavailable()));
-}
-
-// ---- Cancelling ----
-
-void Link::cancel() {
-    if (state() == LinkState::kWaiting) {
-        fall_down();
-        delay_.cancel();
-        return;
-    }
-    if (state() != LinkState::kUp || load() == 0 || watching_cancelled_) return;
-    watching_cancelled_ = true;
-    scope_.spawn(watch_cancelled(next_sequence_));
-}
-
-Task<void> Link::watch_cancelled(uint64_t before) {
-    const bool expired = co_await grace_.after(kCancelGrace);
-    watching_cancelled_ = false;
-    if (!expired || !transport_) co_return;
-    const bool stuck = std::ranges::any_of(slots_, [&](const Operation* op) { return op && op->sequence <= before; });
-    if (!stuck) co_return;
-    abandon(kCancelGrace);
-}
-
-void Link::limit_last_requests() {
-    if (state() == LinkState::kWaiting) cancel();
-    if (state() != LinkState::kClosed && !last_limit_.armed()) scope_.spawn(watch_last_requests());
-}
-
-Task<void> Link::watch_last_requests() {
-    const bool expired = co_await last_limit_.after(kLastRequests);
-    if (expired && transport_ && load() != 0) abandon(kLastRequests);
-}
-
-void Link::abandon(std::chrono::seconds waited) {
-    abandoned_ = true;
-    loss_ = fmt::format("it has not answered for {} s and is given up", waited.count());
-    transport_->shut_down();
 }
 
 }  // namespace gantry::nbd::client

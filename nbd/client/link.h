@@ -1,5 +1,5 @@
-// Link: one connection of a client node: its life (link.cc), what it sends (link_send.cc), what it believes of the
-// answers (link_receive.cc).
+// Link: one connection of a client node: its life (link.cc, link_cancel.cc), what it sends (link_send.cc), what it
+// believes of the answers (link_receive.cc).
 
 #pragma once
 
@@ -7,13 +7,13 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "nbd/client/attempt.h"
 #include "nbd/client/config.h"
+#include "nbd/client/link_group.h"
 #include "nbd/client/operation.h"
 #include "nbd/client/transport.h"
 #include "runtime/buffer.h"
@@ -32,32 +32,13 @@ enum class LinkState : uint8_t {
     kClosed,
 };
 
-/// Set by the first connection of a node on which the server breaks the protocol: none of them is used any more.
-class Refusal {
-  public:
-    bool set() const { return set_.load(std::memory_order_acquire); }
-    void refuse(std::string why) {
-        const std::lock_guard lock(m_);
-        if (set()) return;
-        why_ = std::move(why);
-        set_.store(true, std::memory_order_release);
-    }
-    /// Once set().
-    const std::string& why() const { return why_; }
-
-  private:
-    std::mutex m_;
-    std::string why_;
-    std::atomic<bool> set_{false};
-};
-
 /// Its own loop only, unless noted. Held by shared_ptr: what was posted to its loop may outlive the node.
 class Link : public std::enable_shared_from_this<Link> {
   public:
     /// Requests a server is asked at a time; further ones wait here.
     static constexpr uint32_t kSlots = 128;
 
-    Link(Loop& loop, std::shared_ptr<const ClientConfig> config, std::shared_ptr<Refusal> refusal);
+    Link(Loop& loop, std::shared_ptr<const ClientConfig> config, std::shared_ptr<LinkGroup> group);
     ~Link();
     Link(const Link&) = delete;
 
@@ -79,12 +60,16 @@ class Link : public std::enable_shared_from_this<Link> {
     /// Returns when the server has answered. While the link is down: fails, or waits for its return.
     Task<Result<>> execute(Operation& op);
 
-    /// Requests that wait for a lost server fail now, those the server has are given a few seconds.
+    /// Has it come back, if it is lost and has been up.
+    void ask_again();
+    /// Requests that wait for a lost server fail now, those the server has are given a few seconds. Those that come
+    /// later are not meant: whoever waits for the end of them repeats it.
     void cancel();
     /// The last requests before close() come: they, too, end some time.
     void limit_last_requests();
 
     LinkState state() const { return state_.load(std::memory_order_relaxed); }  // any loop
+    const std::shared_ptr<LinkGroup>& group() const { return group_; }          // any loop
     uint32_t load() const { return load_.load(std::memory_order_relaxed); }     // sum of Operation::cost(); any loop
 
   private:
@@ -95,13 +80,15 @@ class Link : public std::enable_shared_from_this<Link> {
     Task<void> watch_delay();
     Task<void> watch_cancelled(uint64_t before);
     Task<void> watch_last_requests();
-    void abandon(std::chrono::seconds waited);
+    void abandon(std::string why);
+    bool give_up_with_siblings();
     Task<void> force_end();
     void adopt(Connected connected);
     void lost();
     void fall_down();
-    void set_state(LinkState state) { state_.store(state, std::memory_order_relaxed); }
+    void set_state(LinkState state);
     Error unavailable() const;
+    Error given_up() const;
     /// Ends an operation that is in no list any more.
     void finish(Operation& op, Result<> result);
     void fail_queued();
@@ -146,7 +133,7 @@ class Link : public std::enable_shared_from_this<Link> {
 
     Loop& loop_;
     const std::shared_ptr<const ClientConfig> config_;
-    const std::shared_ptr<Refusal> refusal_;  // of the node
+    const std::shared_ptr<LinkGroup> group_;  // of the node
     std::atomic<LinkState> state_{LinkState::kDown};
     std::atomic<uint32_t> load_{0};
     Negotiated expected_;

@@ -213,6 +213,7 @@ Task<void> Link::read_replies() {
     for (unsigned replies = 1;; ++replies) {
         const bool more = co_await read_reply();
         if (!more) break;
+        if (!abandoned_) group_->silence.answered();
         const bool idle = free_slots_.size() == kSlots;
         if (leaving_ && idle) {
             connection_ended("the server is shutting down");

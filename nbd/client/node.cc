@@ -20,6 +20,8 @@ constexpr size_t kMaxExtents = 4096;
 /// What going over another loop costs, as Operation::cost(): some small requests, or a large one, are better off
 /// waiting for a connection of their own loop.
 constexpr uint64_t kDetour = 32;
+/// How often requests have lost connections come back while there is another one; those have pauses of their own.
+constexpr std::chrono::seconds kAskLost{1};
 
 }  // namespace
 
@@ -82,8 +84,20 @@ Link& NbdNode::pick(const Loop& loop) const {
 Task<Result<>> NbdNode::send(Operation& op) {
     Loop& here = Loop::current();
     Link& link = pick(here);
+    if (links_[0]->group()->lost.load(std::memory_order_relaxed) != 0) ask_lost_links();
     if (&link.loop() == &here) return link.execute(op);
     return run_on(link.loop(), link.execute(op));
+}
+
+/// Requests go to a connection that is up: those that are not would never be asked.
+void NbdNode::ask_lost_links() {
+    if (links_.size() == 1 || links_[0]->group()->silence.fails_requests()) return;
+    const auto now = Clock::now();
+    auto before = asked_lost_.load(std::memory_order_relaxed);
+    if (now - before < kAskLost || !asked_lost_.compare_exchange_strong(before, now, std::memory_order_relaxed)) return;
+    for (const auto& link : links_) {
+        if (link->state() == LinkState::kDown) link->loop().post([link] { link->ask_again(); });
+    }
 }
 
 Task<Result<>> NbdNode::do_read(Request&, uint64_t offset, IoVec iov) {
@@ -238,6 +252,7 @@ Task<Result<size_t>> NbdNode::do_block_statuses(Request&, uint64_t offset, uint6
 Task<void> NbdNode::quiesce() {
     if (!closed()) co_return;
     closing_.store(true, std::memory_order_relaxed);
+    links_[0]->group()->silence.closing();
     for (const auto& link : links_) {
         link->loop().post([link] { link->limit_last_requests(); });
     }

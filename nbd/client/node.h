@@ -56,13 +56,15 @@ class NbdNode final : public block::Node {
     void note_change(block::WriteFlags flags);
     Link& pick(const Loop& loop) const;
     Task<Result<>> send(Operation& op);
+    void ask_lost_links();
 
     const std::shared_ptr<const ClientConfig> config_;
     const Negotiated export_;
     const std::vector<std::shared_ptr<Link>> links_;
-    std::atomic<bool> dirty_{false};    // changed since the last flush began
-    std::atomic<bool> closing_{false};  // the graph is about to close this node
-    bool reopens_writable_ = false;     // between prepare and commit
+    std::atomic<Clock::time_point> asked_lost_{};  // when ask_lost_links() last did so
+    std::atomic<bool> dirty_{false};               // changed since the last flush began
+    std::atomic<bool> closing_{false};             // the graph is about to close this node
+    bool reopens_writable_ = false;                // between prepare and commit
 };
 
 }  // namespace client

@@ -72,8 +72,8 @@ Task<Result<std::shared_ptr<Node>>> open_nbd(OpenContext& context) {
     const auto loops = runtime.io_loops();
     // Nodes begin with different loops.
     const size_t begin = std::hash<std::string>()(context.node_name()) % loops.size();
-    const auto refusal = std::make_shared<Refusal>();
-    std::vector<std::shared_ptr<Link>> links{std::make_shared<Link>(*loops[begin], config, refusal)};
+    const auto group = std::make_shared<LinkGroup>();
+    std::vector<std::shared_ptr<Link>> links{std::make_shared<Link>(*loops[begin], config, group)};
     const std::shared_ptr<Link> first = links[0];
     context.on_cancel([first] { first->loop().post([first] { first->cancel_open(); }); });
     Result<Negotiated> opened = co_await run_on(first->loop(), first->open());
@@ -95,7 +95,7 @@ Task<Result<std::shared_ptr<Node>>> open_nbd(OpenContext& context) {
         asked < 0 ? std::min(loops.size(), kDefaultConnections) : static_cast<size_t>(std::max<int64_t>(asked, 1));
     if (!opened->can(kCanMultiConn) || !config->address.can_connect_again()) wanted = 1;
     while (links.size() < wanted) {
-        links.push_back(std::make_shared<Link>(*loops[(begin + links.size()) % loops.size()], config, refusal));
+        links.push_back(std::make_shared<Link>(*loops[(begin + links.size()) % loops.size()], config, group));
     }
     // One connection can come back to a server that does not allow several.
     Negotiated expected = *opened;

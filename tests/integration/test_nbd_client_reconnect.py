@@ -157,6 +157,31 @@ class Reconnect(NodeCase):
         self.node_daemon.stop()
         self.assertLess(time.monotonic() - begin, 12)
 
+    def test_an_image_on_a_silent_server_does_not_wait_for_each_connection(self):
+        """Metadata of the image and the flush of the node come when it is known that nobody answers."""
+        disk = self.raw_image("disk.raw", SIZE)
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "4M"], check=True)
+        os.truncate(disk, SIZE)
+        server = self.nbdkit("file", disk)
+        self.node_daemon = self.empty_client()
+        self.q.cmd("blockdev-add", **self.add(server, multi_conn=4))
+        self.q.cmd("blockdev-add", driver="qcow2", node_name="top", file="n")
+        self.out = self.path("out.sock")
+        self.q.cmd("nbd-server-start", addr={"type": "unix", "data": {"path": self.out}})
+        self.q.cmd("block-export-add", type="nbd", id="out", node_name="top", writable=True)
+        h = libnbd().NBD()
+        h.connect_uri(self.uri(self.out, "top"))
+        h.pwrite(b"y" * 65536, 65536)
+        server.send_signal(signal.SIGSTOP)
+        tasks = pathlib.Path(f"/proc/{server.pid}/task")
+        wait_for(lambda: all(" T " in (task / "stat").read_text() for task in tasks.iterdir()), "the server to stop")
+        h.aio_pread(libnbd().Buffer(4096), 65536)
+        wait_for(lambda: self.requests_in_flight() > 0, "the request")
+        begin = time.monotonic()
+        self.node_daemon.stop()
+        self.assertLess(time.monotonic() - begin, 20)
+        self.assertIn("is given up", self.node_daemon.stderr())
+
     def requests_in_flight(self):
         return sum(c["in-flight"] for s in self.q.cmd("query-nbd-servers") for c in s["clients"])
 

@@ -4,6 +4,7 @@
 #include <map>
 #include <mutex>
 
+#include "block/repeated_cancel.h"
 #include "runtime/task_scope.h"
 #include "tests/unit/nbd/client_fixture.h"
 
@@ -386,6 +387,78 @@ TEST_CASE("nbd client: waiting requests can be given up", "[nbd][client][reconne
     CHECK_THAT(f.run(give_up(&f)), Contains("no connection to NBD server"));
     CHECK(f.remove("n") == "");
     CHECK(since(begin) < std::chrono::seconds(10));
+}
+
+TEST_CASE("nbd client: a lost connection comes back while another one serves requests", "[nbd][client][reconnect]") {
+    constexpr uint64_t kFatal = 4096;
+    std::atomic<int> up{0};
+    ClientFixture f([&up](ScriptPeer& peer, int) {
+        peer.negotiate({.flags = nbd::kHasFlags | nbd::kCanMultiConn});
+        ++up;
+        for (;;) {
+            const auto rq = peer.request();
+            if (rq.command == nbd::kCmdDisc || rq.offset == kFatal) return;
+            peer.answer(rq);
+        }
+    });
+    REQUIRE(f.open(", 'multi-conn': 2") == "");
+    REQUIRE(f.run(wait_until([&] { return up == 2; })));
+    for (int expected = 3; expected <= 4; ++expected) {
+        CAPTURE(expected);
+        CHECK_THAT(f.read(kFatal, 512), Contains("no connection to NBD server"));
+        const auto serves = [](block::Node* node, std::atomic<int>* count, int enough) -> Task<std::string> {
+            for (const auto end = Clock::now() + std::chrono::seconds(10); *count < enough && Clock::now() < end;) {
+                std::string error = co_await ClientFixture::read_task(node, 0, 512, nullptr);
+                if (!error.empty()) co_return error;
+                co_await sleep_for(std::chrono::milliseconds(1));
+            }
+            co_return "";
+        };
+        CHECK(f.runtime.run_on_io(serves(&f.node("n"), &up, expected)) == "");
+        CHECK(up == expected);
+    }
+}
+
+TEST_CASE("nbd client: a server that is silent on one connection is not waited for on others",
+          "[nbd][client][reconnect][once]") {
+    constexpr size_t kConnections = 4;
+    std::atomic<size_t> up{0};
+    ClientFixture f([&up](ScriptPeer& peer, int number) {
+        if (number >= static_cast<int>(kConnections)) peer.wait_for_end();
+        peer.negotiate({.flags = nbd::kHasFlags | nbd::kSendFlush | nbd::kCanMultiConn});
+        ++up;
+        for (;;) {
+            const auto rq = peer.request();
+            if (rq.command == nbd::kCmdDisc) return;
+            // The only answer there is: it makes the node dirty.
+            if (rq.command == nbd::kCmdWrite) peer.answer(rq);
+        }
+    });
+    REQUIRE(f.open(", 'reconnect-delay': 600, 'multi-conn': 4") == "");
+    REQUIRE(f.run(wait_until([&] { return up == kConnections; })));
+    CHECK(f.write(0, 512) == "");
+    const auto begin = Clock::now();
+    const auto give_up = [](ClientFixture* fixture) -> Task<std::string> {
+        block::Node& n = fixture->node("n");
+        Loop& io = fixture->runtime.io_loop();
+        block::RepeatedCancel cancel([&n] { n.cancel_in_flight(); });
+        const std::string first_error = co_await run_on(io, ClientFixture::read_task(&n, 0, 512, nullptr));
+        // Layers above may try more, each as long as there is a connection that looks good.
+        const auto then = Clock::now();
+        std::string errors = first_error;
+        for (size_t i = 0; i < kConnections; ++i) {
+            errors += "\n";
+            errors += co_await run_on(io, ClientFixture::read_task(&n, 0, 512, nullptr));
+        }
+        co_await cancel.over();
+        if (Clock::now() - then > std::chrono::seconds(2)) co_return "follow-ups take their time";
+        co_return errors;
+    };
+    CHECK_THAT(f.run(give_up(&f)),
+               Contains("it has not answered for 5 s and is given up") && Contains("has not answered and is given up"));
+    // It flushes, and then says good-bye.
+    CHECK(f.remove("n") == "");
+    CHECK(since(begin) < std::chrono::seconds(15));
 }
 
 TEST_CASE("nbd client: a drain waits for requests that wait, and no longer", "[nbd][client][reconnect][once]") {
