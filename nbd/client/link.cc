@@ -155,7 +155,9 @@ void Link::lost() {
         fail_queued();
         return;
     }
-    const bool waits = config_->reconnect_delay.count() > 0 && !abandoned_ && config_->address.can_connect_again();
+    // Who closes does not wait for the server's return.
+    const bool waits =
+        config_->reconnect_delay.count() > 0 && !abandoned_ && !ending_ && config_->address.can_connect_again();
     log::warn("node '{}': the connection to NBD server '{}' is lost: {}{}", config_->node_name, config_->address.text(),
               loss_, waits ? "; requests wait for its return" : "");
     if (!waits) {

@@ -461,6 +461,21 @@ TEST_CASE("nbd client: a server that is silent on one connection is not waited f
     CHECK(since(begin) < std::chrono::seconds(15));
 }
 
+TEST_CASE("nbd client: closing does not wait for a server that is lost meanwhile", "[nbd][client][reconnect][once]") {
+    ClientFixture f([](ScriptPeer& peer, int number) {
+        if (number > 0) return;
+        peer.negotiate({.flags = nbd::kHasFlags | nbd::kSendFlush});
+        peer.answer(peer.request());
+        // The last flush is read, and then the server is gone.
+        CHECK(peer.request().command == nbd::kCmdFlush);
+    });
+    REQUIRE(f.open(", 'reconnect-delay': 600") == "");
+    CHECK(f.write(0, 512) == "");
+    const auto begin = Clock::now();
+    CHECK(f.remove("n") == "");
+    CHECK(since(begin) < std::chrono::seconds(15));
+}
+
 TEST_CASE("nbd client: a drain waits for requests that wait, and no longer", "[nbd][client][reconnect][once]") {
     ClientFixture f([](ScriptPeer& peer, int number) {
         if (number > 0) return;
