@@ -155,9 +155,8 @@ void Link::lost() {
         fail_queued();
         return;
     }
-    // Who closes does not wait for the server's return.
-    const bool waits =
-        config_->reconnect_delay.count() > 0 && !abandoned_ && !ending_ && config_->address.can_connect_again();
+    const bool waits = config_->reconnect_delay.count() > 0 && !abandoned_ && !group_->silence.ending() &&
+                       config_->address.can_connect_again();
     log::warn("node '{}': the connection to NBD server '{}' is lost: {}{}", config_->node_name, config_->address.text(),
               loss_, waits ? "; requests wait for its return" : "");
     if (!waits) {

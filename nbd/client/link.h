@@ -177,7 +177,6 @@ class Link : public std::enable_shared_from_this<Link> {
     Clock::time_point wait_until_{};
     Clock::time_point next_attempt_{};
     bool watching_delay_ = false, watching_cancelled_ = false;
-    bool ending_ = false;  // limit_last_requests() has been called
     bool open_cancelled_ = false;
     WaitQueue wake_;
     WaitQueue writer_wake_;

@@ -43,7 +43,6 @@ Task<void> Link::watch_cancelled(uint64_t before) {
 }
 
 void Link::limit_last_requests() {
-    ending_ = true;
     if (state() == LinkState::kWaiting) cancel();
     if (state() == LinkState::kClosed || give_up_with_siblings()) return;
     if (!last_limit_.armed()) scope_.spawn(watch_last_requests());

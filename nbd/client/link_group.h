@@ -51,10 +51,10 @@ class Silence {
     void cancelled() { cancelled_.store(Clock::now(), std::memory_order_relaxed); }
     void closing() { closing_.store(true, std::memory_order_relaxed); }
 
+    /// The end of requests is waited for: nobody wants them to wait for a lost server.
+    bool ending() const { return closing_.load(std::memory_order_relaxed) || !passed(cancelled_, kCancelling); }
     bool lasts() const { return noticed_.load(std::memory_order_relaxed) && !passed(since_, kBelieved); }
-    bool fails_requests() const {
-        return lasts() && (closing_.load(std::memory_order_relaxed) || !passed(cancelled_, kCancelling));
-    }
+    bool fails_requests() const { return lasts() && ending(); }
 
   private:
     static bool passed(const std::atomic<Clock::time_point>& since, std::chrono::seconds time) {
