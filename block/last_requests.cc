@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <chrono>
 
-#include "block/repeated_cancel.h"
-
 namespace gantry::block {
 
 bool LastRequests::concern(const Node& node) {
@@ -27,20 +25,8 @@ void cancel(Node& node) {
 
 }  // namespace
 
-LastRequests::LastRequests(std::shared_ptr<Node> node) : node_(std::move(node)) { scope_.spawn(limit()); }
-
-Task<void> LastRequests::limit() {
-    // What is under way takes its time: much may have to be made stable.
-    for (std::chrono::seconds time(60); !over_; time = kCancelAgain) {
-        cancel(*node_);
-        (void)co_await timer_.after(time);
-    }
-}
-
-Task<void> LastRequests::over() {
-    over_ = true;
-    timer_.cancel();
-    co_await scope_.join();
-}
+// What is under way takes its time: much may have to be made stable.
+LastRequests::LastRequests(std::shared_ptr<Node> node)
+    : cancel_([node = std::move(node)] { cancel(*node); }, std::chrono::seconds(60)) {}
 
 }  // namespace gantry::block

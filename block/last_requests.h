@@ -5,8 +5,7 @@
 #include <memory>
 
 #include "block/node.h"
-#include "runtime/task_scope.h"
-#include "runtime/timer.h"
+#include "block/repeated_cancel.h"
 
 namespace gantry::block {
 
@@ -16,19 +15,13 @@ namespace gantry::block {
 class LastRequests {
   public:
     explicit LastRequests(std::shared_ptr<Node> node);
-    LastRequests(const LastRequests&) = delete;
-    Task<void> over();
+    Task<void> over() { return cancel_.over(); }
 
     /// Whether nobody has use for the node any more: it is closed, or will be.
     static bool concern(const Node& node);
 
   private:
-    Task<void> limit();
-
-    std::shared_ptr<Node> node_;
-    Timer timer_;
-    bool over_ = false;
-    TaskScope scope_;
+    RepeatedCancel cancel_;
 };
 
 }  // namespace gantry::block

@@ -2,12 +2,14 @@
 
 namespace gantry::block {
 
-RepeatedCancel::RepeatedCancel(std::function<void()> cancel) : cancel_(std::move(cancel)) { scope_.spawn(repeat()); }
+RepeatedCancel::RepeatedCancel(std::function<void()> cancel, std::chrono::seconds pause) : cancel_(std::move(cancel)) {
+    scope_.spawn(repeat(pause));
+}
 
-Task<void> RepeatedCancel::repeat() {
-    while (!over_) {
+Task<void> RepeatedCancel::repeat(std::chrono::seconds pause) {
+    for (; !over_; pause = kCancelAgain) {
         cancel_();
-        (void)co_await timer_.after(kCancelAgain);
+        (void)co_await timer_.after(pause);
     }
 }
 
