@@ -295,6 +295,29 @@ TEST_CASE("nbd session: errors of the disk are answered and the connection lives
     CHECK(client.command(kCmdFlush, 0, 0) == kWireIo);
 }
 
+TEST_CASE("nbd session: a structured READ that fails in one part says which", "[nbd][session]") {
+    NbdDaemon daemon;
+    daemon.serve_disk({{"size", 4 << 20}});
+    daemon.disk().fill(256 << 10, 256 << 10, 7);
+    NbdClient client(daemon.socket_path());
+    client.enter("disk", true);
+    daemon.disk().fail_reads = EIO;
+    client.request(kCmdRead, 9, 4096, 1 << 20);
+    const auto chunks = client.chunks();
+    REQUIRE(chunks.size() == 1);
+    CHECK(chunks[0].type == kChunkErrorOffset);
+    const auto& payload = chunks[0].payload;
+    REQUIRE(payload.size() >= 14);
+    const size_t text = load_big<uint16_t>(&payload[4]);
+    CHECK(load_big<uint32_t>(&payload[0]) == kWireIo);
+    REQUIRE(payload.size() == 6 + text + 8);
+    CHECK(text > 0);
+    CHECK(load_big<uint64_t>(&payload[6 + text]) == 256u << 10);
+    daemon.disk().fail_reads = 0;
+    client.request(kCmdRead, 10, 256 << 10, 4096);
+    CHECK(client.chunks().back().type == kChunkOffsetData);
+}
+
 TEST_CASE("nbd session: pipelined requests are all answered, also those before DISC", "[nbd][session]") {
     const bool fast = GENERATE(true, false);
     NbdDaemon daemon;

@@ -118,6 +118,14 @@ Task<int> receive_one(TlsStream* stream, int fd) {
 
 void append(const std::string& path, const std::string& text) { std::ofstream(path, std::ios::app) << text; }
 
+/// With the files of `gantry tls init`.
+Ends connect_x509(TestRuntime& rt) {
+    const TempDir dir;
+    make_pki(dir.file("pki"));
+    return connect(rt, load(options(TlsKind::kX509, TlsEndpoint::kServer, dir.file("pki"))),
+                   load(options(TlsKind::kX509, TlsEndpoint::kClient, dir.file("pki"))));
+}
+
 }  // namespace
 
 TEST_CASE("tls: certificates of gantry tls let both ends in", "[nbd][tls]") {
@@ -137,10 +145,7 @@ TEST_CASE("tls: certificates of gantry tls let both ends in", "[nbd][tls]") {
 
 TEST_CASE("tls: data of any length arrives, in both directions, on another loop too", "[nbd][tls]") {
     TestRuntime rt;
-    TempDir dir;
-    make_pki(dir.file("pki"));
-    Ends ends = connect(rt, load(options(TlsKind::kX509, TlsEndpoint::kServer, dir.file("pki"))),
-                        load(options(TlsKind::kX509, TlsEndpoint::kClient, dir.file("pki"))));
+    Ends ends = connect_x509(rt);
     REQUIRE(ends.served);
     REQUIRE(ends.connected);
     rt.main_loop().forget_fd(ends.server_fd.get());
@@ -158,10 +163,7 @@ TEST_CASE("tls: data of any length arrives, in both directions, on another loop 
 
 TEST_CASE("tls: encrypt takes what it is allowed, try_flush says when the socket is full", "[nbd][tls]") {
     TestRuntime rt;
-    TempDir dir;
-    make_pki(dir.file("pki"));
-    Ends ends = connect(rt, load(options(TlsKind::kX509, TlsEndpoint::kServer, dir.file("pki"))),
-                        load(options(TlsKind::kX509, TlsEndpoint::kClient, dir.file("pki"))));
+    Ends ends = connect_x509(rt);
     REQUIRE(ends.served);
     std::vector<uint8_t> data(1u << 20, 'x');
     const iovec all{data.data(), data.size()};
@@ -179,10 +181,7 @@ TEST_CASE("tls: encrypt takes what it is allowed, try_flush says when the socket
 
 TEST_CASE("tls: an end with a good-bye is told from one without", "[nbd][tls]") {
     TestRuntime rt;
-    TempDir dir;
-    make_pki(dir.file("pki"));
-    Ends ends = connect(rt, load(options(TlsKind::kX509, TlsEndpoint::kServer, dir.file("pki"))),
-                        load(options(TlsKind::kX509, TlsEndpoint::kClient, dir.file("pki"))));
+    Ends ends = connect_x509(rt);
     REQUIRE(ends.served);
     SECTION("close_notify") {
         rt.run(ends.server->bye(ends.server_fd.get()));
