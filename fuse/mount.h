@@ -1,0 +1,72 @@
+// Mount: the file that an export covers, and the descriptor that the kernel's requests come from.
+
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "runtime/error.h"
+#include "runtime/task.h"
+#include "runtime/unique_fd.h"
+#include "schema/value.h"
+
+namespace gantry::fuse {
+
+enum class AllowOther : uint8_t { kOff, kOn, kAuto };
+
+struct MountRequest {
+    std::string export_id;   // for refusals
+    std::string mountpoint;  // an existing regular file
+    bool read_only = true;
+    AllowOther allow_other = AllowOther::kAuto;
+    uint32_t max_read = 0;  // bytes
+};
+
+/// Main loop only; what may block (a path of a hung file system, fusermount3) is done on the blocking pool.
+/// spec/fuse.md section 1, "Mount point rules", "Mounting", "Removal".
+class Mount {
+  public:
+    /// Checks the mount point and mounts: by mount(2) where this process may, else by fusermount3. The kernel's INIT
+    /// waits in fd() then. Errors: kNotFound, kInvalid (no regular file), kExists (it is an export of this process),
+    /// kPermission with what is missing.
+    static Task<Result<std::unique_ptr<Mount>>> create(MountRequest request);
+    /// The mount of a process before this one: what save() told, and its descriptor. kInvalid when it is not mounted
+    /// any more.
+    static Task<Result<std::unique_ptr<Mount>>> adopt(const json::object& saved, UniqueFd fd);
+    /// Unmounts what is still mounted, as hard as it takes.
+    ~Mount();
+
+    int fd() const { return fd_.get(); }
+    /// Closes it; requests that were read from it and not answered die with it.
+    void close_fd() { fd_.reset(); }
+    /// Somebody else than the mounting user can get here.
+    bool allow_other() const { return allow_other_; }
+    /// The file that is covered, links resolved.
+    const std::string& path() const { return path_; }
+    /// Nothing but export_id, path and numbers.
+    json::object save() const;
+    /// `hard`: clients that have it open do not matter. kBusy otherwise. What somebody else has unmounted already, or
+    /// covered by a mount of his own, is no error. The thread that serves the file must be able to answer meanwhile.
+    Task<Result<>> unmount(bool hard);
+    /// From now on the destructor leaves the mount to whoever keeps the descriptor.
+    void leave() { left_ = true; }
+
+  private:
+    Mount() = default;
+    UniqueFd fd_;
+    std::string path_;
+    std::string export_id_;
+    uint64_t device_ = 0;  // st_dev of the mounted file
+    bool allow_other_ = false;
+    bool by_helper_ = false;  // fusermount3 did it
+    bool mounted_ = false;
+    bool left_ = false;
+};
+
+/// Unmounts what daemons that are gone have left behind: mounts of ours that answer "not connected". Those of living
+/// daemons are left alone, also when they do not answer within a second. Blocks (it waits for each); how many there
+/// were.
+size_t clean_stale_mounts();
+
+}  // namespace gantry::fuse
