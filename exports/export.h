@@ -11,6 +11,7 @@
 
 #include "block/graph.h"
 #include "block/root.h"
+#include "exports/keeper.h"
 #include "runtime/runtime.h"
 #include "schema/options.h"
 
@@ -26,7 +27,8 @@ struct ExportContext {
     std::vector<Loop*> loops;           // where its units (connections, queues) are dealt; never empty
     std::string id;
     bool writable = false;
-    json::object options;  // validated BlockExportOptions
+    json::object options;      // validated BlockExportOptions
+    Keeper* keeper = nullptr;  // who holds descriptors beyond the life of this process; null: nobody
 };
 
 /// Main loop only. The registry calls start() once, then stop() once, then destroys it.
@@ -74,6 +76,9 @@ class Registry {
              std::function<void(std::string_view id)> deleted);
     ~Registry();
 
+    /// Who holds descriptors of exports added from now on beyond the life of this process; null: nobody.
+    void set_keeper(Keeper* keeper) { keeper_ = keeper; }
+
     /// block-export-add with validated options. Texts: spec/qmp.md sections 3.2 and 10.
     Task<Result<>> add(json::object options);
     /// block-export-del: returns when the removal has begun; deleted(id) is called when the id is free again.
@@ -100,6 +105,7 @@ class Registry {
     std::span<const ExportType> types_;
     std::function<void(std::string_view)> deleted_;
     std::vector<std::unique_ptr<Entry>> entries_;
+    Keeper* keeper_ = nullptr;
     struct Impl;
     std::unique_ptr<Impl> impl_;
 };

@@ -126,6 +126,7 @@ Task<Result<>> Registry::Impl::bring_up(Registry& registry, Entry& entry, json::
     context.id = entry.id;
     context.writable = view.flag("writable");
     context.options = options;
+    context.keeper = registry.keeper_;
     const bool writable = context.writable;
     CO_TRY(entry.exported, type.create(std::move(context)));
 
