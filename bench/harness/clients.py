@@ -1,4 +1,4 @@
-"""The load: our generator and fio's NBD engine. Both return the same numbers."""
+"""The load: our generator, fio's NBD engine, fio on a file, ... All return the same numbers."""
 
 import json
 import os
@@ -42,13 +42,40 @@ def load(generator, server, workload, seconds, pin=None):
             "p99_us": out["lat_p99_us"]}
 
 
+def fio_command(workload, seconds):
+    # A runtime below a second must be given in ms.
+    return ["fio", "--name=w", "--time_based", "--runtime=%dms" % (seconds * 1000), "--group_reporting",
+            "--output-format=json", "--norandommap", "--randrepeat=0", "--rw=" + workload.rw, "--bs=" + workload.block,
+            "--iodepth=%d" % workload.depth, "--numjobs=%d" % workload.connections]
+
+
 def fio(server, workload, seconds, pin=None):
-    # Options of the engine (--uri) must follow --ioengine; a runtime below a second must be given in ms.
-    command = ["fio", "--name=w", "--time_based", "--runtime=%dms" % (seconds * 1000), "--group_reporting",
-               "--output-format=json", "--norandommap", "--randrepeat=0", "--ioengine=nbd", "--uri=" + server.uri(),
-               "--rw=" + workload.rw, "--bs=" + workload.block, "--iodepth=%d" % workload.depth,
-               "--numjobs=%d" % workload.connections]
-    out = run(command, seconds, pin)
+    # Options of the engine (--uri) must follow --ioengine.
+    return fio_numbers(run(fio_command(workload, seconds) + ["--ioengine=nbd", "--uri=" + server.uri()], seconds, pin), workload)
+
+
+def fio_file(server, workload, seconds, pin=None):
+    """fio on the file that the server shows."""
+    buffered = server.buffered or not workload.o_direct
+    command = ["taskset", "-c", str(pin)] if pin is not None else []
+    command += fio_command(workload, seconds) + [
+        "--ioengine=" + workload.engine, "--filename=" + server.path, "--direct=%d" % (not buffered), "--overwrite=1",
+        "--allow_file_create=0",
+        "--invalidate=%d" % (not server.plain)]  # the image's own pages stay: they are warm for every server
+    client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, errors = client.communicate(timeout=seconds + 60)
+    except subprocess.TimeoutExpired:
+        server.abandon()  # or the client would never end
+        client.kill()
+        client.communicate()
+        raise
+    if client.returncode:
+        raise ClientError((errors or out).strip()[-300:])
+    return fio_numbers(out, workload)
+
+
+def fio_numbers(out, workload):
     job = json.loads(out[out.index("{"):])["jobs"][0]
     if job.get("error"):
         raise ClientError("fio ended with error %d" % job["error"])

@@ -6,7 +6,7 @@ import time
 
 from . import clients, processes
 from .images import format_of
-from .workloads import FIO, HANDSHAKES, LOAD, NBDCOPY, NBDINFO
+from .workloads import FIO, FIO_FILE, HANDSHAKES, LOAD, NBDCOPY, NBDINFO
 
 
 class Bench:
@@ -18,10 +18,10 @@ class Bench:
 
     def run_workload(self, suite_name, suite, workload, client, server_names, sink):
         """All rounds of one workload: A B C, A B C, ... A server that fails once is left out of the rest."""
-        use = [server for server in self.servers if server.name in server_names and server.fits(suite.image, suite.direct)]
+        use = [server for server in self.servers if server.name in server_names and server.fits(suite, workload)]
         failed = set()
         folios = None if suite.direct else workload.folios
-        for kind in {server.image_kind or suite.image for server in use}:
+        for kind in {image_of(server, suite) for server in use}:
             self.images.prepare(kind, folios)
         for round_number in range(self.rounds or max(workload.least_rounds, 5)):
             for server in use:
@@ -34,7 +34,7 @@ class Bench:
                     print("! %s/%s %s %s: %s" % (suite_name, workload.name, client, server.name, error), file=sys.stderr)
                     continue
                 sink({"suite": suite_name, "workload": workload.name, "client": client, "server": server.name,
-                      "ours": server.ours, "reference": server.image_kind is not None, "round": round_number,
+                      "ours": server.ours, "reference": server.reference, "round": round_number,
                       "unit": workload.unit, "lower_is_better": workload.lower_is_better, **measured})
 
     def quietest(self, run):
@@ -52,7 +52,7 @@ class Bench:
 
     def run_once(self, server, suite, workload, client, folios):
         """Warms the image, starts the server, runs the client once, stops the server."""
-        kind = server.image_kind or suite.image
+        kind = image_of(server, suite)
         self.images.warm(kind, folios)
         server.start(self.directory, self.images.path(kind), format_of(kind), suite.direct, suite.readonly, 1 if self.pin else None,
                      suite.tls)
@@ -73,6 +73,8 @@ class Bench:
             got = clients.load(self.generator, server, workload, self.seconds, pin)
         elif client == FIO:
             got = clients.fio(server, workload, self.seconds, pin)
+        elif client == FIO_FILE:
+            got = clients.fio_file(server, workload, self.seconds, pin)
         elif client == NBDCOPY:
             got = clients.copy(server, workload, image, self.images.path("raw"), pin)
         elif client == NBDINFO:
@@ -92,6 +94,11 @@ class Bench:
         return {"value": got[key], "lat_us": round(got["lat_us"], 1),
                 "p99_us": round(got["p99_us"], 1), "cpu_us": server_cpu / got["ios"] * 1e6,
                 "client_cpu_us": own_cpu / got["ios"] * 1e6, "noise": round(others, 3)}
+
+
+def image_of(server, suite):
+    """The kind of the image that the server works on."""
+    return getattr(server, "image_kind", None) or suite.image
 
 
 def wait_for_quiet(limit_seconds=1.5):

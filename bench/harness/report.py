@@ -54,7 +54,10 @@ class Group:
             self.servers.setdefault(record["server"], []).append(record)
 
     def is_peer(self, server):
-        return not self.servers[server][0]["ours"]
+        return not self.servers[server][0]["ours"] and not self.servers[server][0].get("reference")
+
+    def is_ours(self, server):
+        return self.servers[server][0]["ours"]
 
     def numbers(self, server, key="value"):
         return [record[key] for record in self.servers[server] if record.get(key) is not None]
@@ -134,7 +137,7 @@ def markdown(results):
     lines = ["Measured " + describe(results.machine), ""] if results.machine else []
     groups = results.groups()
     ours = [[suite + "/" + workload, client] + ours_row(group, server)
-            for (suite, workload, client), group in groups.items() for server in group.servers if not group.is_peer(server)]
+            for (suite, workload, client), group in groups.items() for server in group.servers if group.is_ours(server)]
     if ours:
         lines += table(OURS_COLUMNS, ours) + [""]
     for suite in dict.fromkeys(key[0] for key in groups):

@@ -46,19 +46,27 @@ MALLOC_ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRES
 class Server:
     """One way to serve an image. `arguments` and `config` are templates."""
 
+    front = "nbd"  # where clients find it; the same as the suite's
+
     def __init__(self, name, arguments, formats=("raw", "qcow2"), direct=(False, True), ours=False, environment=None,
                  config=None, daemonizes=False, image_kind=None, aio=""):
         self.name, self.arguments, self.formats, self.direct, self.ours = name, arguments, formats, direct, ours
         self.environment, self.config, self.daemonizes = environment or {}, config, daemonizes
-        self.image_kind, self.aio = image_kind, aio  # image_kind: serves this image whatever the suite is about
+        self.aio = aio
+        self.image_kind = image_kind  # serves this image whatever the suite is about
 
     def installed(self):
         return shutil.which(self.arguments[0]) is not None
 
-    def fits(self, image_kind, direct):
-        if self.image_kind == image_kind:
-            return False  # a reference that would be measured against itself
-        return format_of(self.image_kind or image_kind) in self.formats and direct in self.direct
+    @property
+    def reference(self):
+        """Not a competitor in what the suite is about."""
+        return self.image_kind is not None
+
+    def fits(self, suite, workload):
+        if self.front != suite.front or self.image_kind == suite.image:
+            return False  # the latter: a reference that would be measured against itself
+        return format_of(self.image_kind or suite.image) in self.formats and suite.direct in self.direct
 
     def start(self, directory, image, format_name, direct, readonly, pin=None, tls=""):
         """Starts serving and returns once a read was answered (with TLS: once it says hello); RuntimeError with the

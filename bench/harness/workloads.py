@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-LOAD, FIO, PROBE, NBDCOPY, NBDINFO, HANDSHAKES = CLIENTS = ("load", "fio", "probe", "nbdcopy", "nbdinfo", "handshakes")
+LOAD, FIO, PROBE, NBDCOPY, NBDINFO, HANDSHAKES, FIO_FILE = CLIENTS = (
+    "load", "fio", "probe", "nbdcopy", "nbdinfo", "handshakes", "fio-file")
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,8 @@ class Workload:
     connections: int = 1
     folios: str = "large"
     clients: tuple = (LOAD, FIO)
+    engine: str = ""  # of fio on a file
+    o_direct: bool = True  # the client's, on a file
 
     @property
     def writes(self):
@@ -44,6 +47,7 @@ class Suite:
     servers: tuple  # the default ones; ours are `gantry...`
     readonly: bool = False
     tls: str = ""  # x509 or psk
+    front: str = "nbd"  # or fuse: the client works on a file
 
 
 def transfer(rw, block, depth, connections=1, folios="large"):
@@ -53,6 +57,13 @@ def transfer(rw, block, depth, connections=1, folios="large"):
     if folios == "small":
         name += "-small"
     return Workload(name, "transfer", rw, block, depth, connections, folios)
+
+
+def on_file(rw, block, depth=0, jobs=1, o_direct=True, folios="large"):
+    """fio on a file; depth 0: psync, one call after the other in each of the jobs."""
+    name = "%s-%s-%s" % (rw, block, "qd%d" % depth if depth else "psync")
+    name += ("x%d" % jobs if jobs > 1 else "") + ("" if o_direct else "-buffered") + ("-small" if folios == "small" else "")
+    return Workload(name, "transfer", rw, block, depth or 1, jobs, folios, (FIO_FILE,), "io_uring" if depth else "psync", o_direct)
 
 
 READS = (transfer("randread", "4k", 1), transfer("randread", "4k", 32), transfer("read", "64k", 8), transfer("read", "256k", 8))
@@ -72,6 +83,21 @@ TLS = (COPIES[2], COPIES[0], COPIES[3], Workload("connect", "connect", clients=(
        Workload("startup", "startup", clients=(PROBE,)))
 TLS_SERVERS = ("gantry", "qsd-uring-malloc", "nbdkit", "nbd-server")
 
+FILE_READS = (on_file("randread", "4k"), on_file("randread", "4k", jobs=4), on_file("randread", "4k", 32),
+              on_file("randread", "4k", 32, jobs=2), on_file("randread", "4k", o_direct=False), on_file("read", "1m", 8),
+              on_file("read", "1m", o_direct=False))
+FILE_WRITES = (on_file("randwrite", "4k"), on_file("randwrite", "4k", jobs=4), on_file("randwrite", "4k", 32),
+               on_file("write", "256k", 8), on_file("write", "1m", 8), on_file("write", "1m", o_direct=False),
+               on_file("randwrite", "4k", o_direct=False))
+FILE_SMALL_FOLIO_WRITES = (on_file("randwrite", "4k", folios="small"), on_file("randwrite", "4k", jobs=4, folios="small"),
+                           on_file("randwrite", "4k", 32, folios="small"))
+FILE_ALLOCATIONS = (on_file("randwrite", "4k", 32), on_file("write", "256k", 8))
+FILE_SERVICE = (Workload("startup", "startup", clients=(PROBE,)), Workload("idle-rss", "idle", clients=(PROBE,)))
+FILE_SERVERS = ("file", "file-buffered", "gantry-fuse", "gantry-fuse-uring", "gantry-fuse-auto", "gantry-fuse-passthrough",
+                "qsd-fuse-threads", "qsd-fuse-uring", "qsd-fuse-iothread")
+FILE_QCOW2_SERVERS = ("gantry-fuse", "gantry-fuse-on-raw", "gantry-fuse-uring", "gantry-fuse-auto", "qsd-fuse-threads",
+                      "qsd-fuse-uring", "qsd-fuse-iothread")
+
 SUITES = {
     "raw": Suite("raw", False, READS + PARALLEL + WRITES + SMALL_FOLIO_WRITES + SERVICE,
                  ("gantry", "qsd-threads", "qsd-uring", "qsd-uring-malloc", "nbdkit", "nbd-server")),
@@ -90,6 +116,12 @@ SUITES = {
     "raw-x509": Suite("target", False, TLS, TLS_SERVERS, tls="x509"),
     "raw-psk": Suite("target", False, TLS, TLS_SERVERS, tls="psk"),
     "null": Suite("null", False, READS + PARALLEL + WRITES, ("gantry-null", "qsd-null", "nbdkit-null", "nbdkit-memory")),
+    "fuse-raw": Suite("raw", False, FILE_READS + FILE_WRITES + FILE_SMALL_FOLIO_WRITES + FILE_SERVICE, FILE_SERVERS, front="fuse"),
+    "fuse-raw-direct": Suite("raw", True, FILE_READS + FILE_WRITES, ("gantry-fuse", "qsd-fuse-native", "qsd-fuse-uring"),
+                             front="fuse"),
+    "fuse-qcow2": Suite("qcow2", False, FILE_READS + FILE_WRITES + FILE_SMALL_FOLIO_WRITES + FILE_SERVICE, FILE_QCOW2_SERVERS,
+                        front="fuse"),
+    "fuse-qcow2-fresh": Suite("fresh", False, FILE_ALLOCATIONS, ("gantry-fuse", "qsd-fuse-threads", "qsd-fuse-uring"), front="fuse"),
 }
 DEFAULT_SUITES = ("raw", "qcow2")
 
@@ -99,5 +131,9 @@ QUICK = (
     ("raw", "write-256k-qd8", (LOAD,)), ("raw", "randwrite-4k-qd32", (LOAD,)), ("raw", "randwrite-4k-qd32-small", (LOAD,)),
     ("raw", "connect", (LOAD,)), ("raw", "startup", (PROBE,)), ("raw", "idle-rss", (PROBE,)),
     ("qcow2", "randread-4k-qd32", (LOAD,)), ("qcow2", "read-256k-qd8", (LOAD,)),
+    ("fuse-raw", "randread-4k-psync", (FIO_FILE,)), ("fuse-raw", "randread-4k-qd32", (FIO_FILE,)),
+    ("fuse-raw", "read-1m-qd8", (FIO_FILE,)), ("fuse-raw", "randwrite-4k-psync", (FIO_FILE,)),
+    ("fuse-raw", "write-1m-qd8", (FIO_FILE,)), ("fuse-qcow2", "randread-4k-qd32", (FIO_FILE,)),
+    ("fuse-qcow2", "randwrite-4k-psync", (FIO_FILE,)),
 )
-QUICK_SERVERS = ("gantry", "gantry-on-raw", "qsd-uring-malloc", "nbdkit")
+QUICK_SERVERS = ("gantry", "gantry-on-raw", "qsd-uring-malloc", "nbdkit", "gantry-fuse", "gantry-fuse-on-raw", "qsd-fuse-uring")

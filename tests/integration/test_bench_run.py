@@ -95,6 +95,19 @@ class Run(unittest.TestCase):
         for server in use:
             self.assertIn("| randread-4k-qd32 | load | %s |" % server, text)
 
+    def test_files_are_compared_with_the_image_itself(self):
+        if not os.access("/dev/fuse", os.W_OK) or not shutil.which("fio"):
+            self.skipTest("needs /dev/fuse and fio")
+        done = self.measure("--suite=fuse-raw", "--servers=file,qsd-fuse-uring", "--workload=randread-4k-psync,write-1m-qd8,startup")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertNotIn("! ", done.stderr)
+        group = report.Results.load(self.results).groups()["fuse-raw", "randread-4k-psync", "fio-file"]
+        self.assertEqual(group.best_peer(), "qsd-fuse-uring")  # the image itself is no peer
+        self.assertGreater(group.median("qsd-fuse-uring", "cpu_us"), 0)
+        self.assertIsNotNone(group.ratio("qsd-fuse-uring", "file"))
+        with open("/proc/self/mountinfo") as mounts:
+            self.assertNotIn(self.directory.name, mounts.read())
+
     def test_missed_bound_is_an_error(self):
         bounds = os.path.join(self.directory.name, "bounds")
         with open(bounds, "w") as file:
