@@ -54,13 +54,19 @@ class Mount {
 
   private:
     Mount() = default;
+    static Result<std::unique_ptr<Mount>> create_blocking(MountRequest request);
+    Result<> unmount_blocking(bool hard);
+    /// Nobody is kept from opening what was covered any more.
+    void forget();
     UniqueFd fd_;
     std::string path_;
     std::string export_id_;
-    uint64_t device_ = 0;  // st_dev of the mounted file
+    uint64_t device_ = 0;          // st_dev of the mounted file
+    uint64_t covered_device_ = 0;  // of the file below
+    uint64_t covered_inode_ = 0;
     bool allow_other_ = false;
-    bool by_helper_ = false;  // fusermount3 did it
     bool mounted_ = false;
+    bool known_ = false;  // in OwnMounts
     bool left_ = false;
 };
 

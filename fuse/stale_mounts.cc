@@ -1,0 +1,125 @@
+#include "fuse/stale_mounts.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cerrno>
+
+#include "fuse/mount.h"
+#include "fuse/mount_helper.h"
+#include "runtime/log.h"
+#include "runtime/own_mounts.h"
+#include "runtime/unique_fd.h"
+
+namespace gantry::fuse {
+
+namespace {
+
+constexpr int kChildAnswers = 0, kChildGone = 1, kChildFailed = 2;
+
+/// In the child, alone with what fork() has left of the process: system calls only. It keeps no descriptor but the
+/// mount's (0) and the pipe's end (1): nobody must wait for the end of a child that may hang.
+[[noreturn]] void ask_server(int mount_fd, int pipe_fd, uint64_t uid, uint64_t gid) {
+    const int high_mount = ::fcntl(mount_fd, F_DUPFD, 2), high_pipe = ::fcntl(pipe_fd, F_DUPFD, 2);
+    if (::dup2(high_mount, 0) < 0 || ::dup2(high_pipe, 1) < 0) ::_exit(kChildFailed);
+    ::syscall(SYS_close_range, 2u, ~0u, 0u);
+    // Others than the one who mounted it may not be let in.
+    if (::geteuid() == 0 && uid != 0) {
+        if (::syscall(SYS_setresgid, gid, gid, gid) != 0 || ::syscall(SYS_setresuid, uid, uid, uid) != 0) {
+            ::_exit(kChildFailed);
+        }
+    }
+    struct statx st;
+    const int r = ::statx(0, "", AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, STATX_BASIC_STATS, &st);
+    ::_exit(r == 0 ? kChildAnswers : errno == ENOTCONN || errno == ECONNREFUSED ? kChildGone : kChildFailed);
+}
+
+bool is_ours_to_clean(const MountEntry& mount) {
+    return mount.type == kFilesystemType &&
+           (::geteuid() == 0 || option_number(mount.options, "user_id", ~uint64_t{0}) == ::geteuid());
+}
+
+}  // namespace
+
+bool is_on_top(const MountEntry& mount) {
+    const auto place = place_of(mount.path, false);
+    return place && place->device == mount.device && (place->mount_id == 0 || place->mount_id == mount.id);
+}
+
+ServerState probe(const MountEntry& mount, std::chrono::milliseconds patience) {
+    // Whatever cannot be found out is no reason to unmount anything.
+    UniqueFd fd(::open(mount.path.c_str(), O_PATH | O_NOFOLLOW | O_CLOEXEC));
+    int ends[2];
+    if (!fd || ::pipe2(ends, O_CLOEXEC) != 0) return ServerState::kAnswers;
+    const UniqueFd reading(ends[0]);
+    UniqueFd writing(ends[1]);
+    const auto place = place_of(fd.get());
+    if (!place || place->device != mount.device) return ServerState::kAnswers;
+    const uint64_t uid = option_number(mount.options, "user_id", 0), gid = option_number(mount.options, "group_id", 0);
+    const int mount_fd = fd.get(), pipe_fd = writing.get();
+    const pid_t child = ::fork();
+    if (child < 0) return ServerState::kAnswers;
+    if (child == 0) ask_server(mount_fd, pipe_fd, uid, gid);
+    writing.reset();
+    pollfd ended{reading.get(), POLLIN, 0};
+    int ready;
+    do {
+        ready = ::poll(&ended, 1, static_cast<int>(patience.count()));
+    } while (ready < 0 && errno == EINTR);
+    int status = 0;
+    if (ready == 0) {
+        // It ends when the server answers or goes.
+        ::kill(child, SIGKILL);
+        ::waitpid(child, &status, WNOHANG);
+        return ServerState::kSilent;
+    }
+    while (::waitpid(child, &status, 0) < 0 && errno == EINTR) {
+    }
+    return WIFEXITED(status) && WEXITSTATUS(status) == kChildGone ? ServerState::kGone : ServerState::kAnswers;
+}
+
+Result<> unmount_entry(const MountEntry& mount, bool lazy) {
+    if (::umount2(mount.path.c_str(), UMOUNT_NOFOLLOW | (lazy ? MNT_DETACH : 0)) == 0) return {};
+    const int e = errno;
+    if (e == EBUSY) {
+        return std::unexpected(
+            Error(ErrorKind::kBusy, fmt::format("'{}' is in use; somebody has it open", mount.path), EBUSY));
+    }
+    if (e != EPERM) return fail_errno(e, "Cannot unmount '{}'", mount.path);
+    Result<> helped = helper_unmount(mount.path, lazy);
+    if (!helped) {
+        return std::unexpected(std::move(helped).error().context(fmt::format("Cannot unmount '{}'", mount.path)));
+    }
+    return {};
+}
+
+size_t clean_stale_mounts() {
+    size_t cleaned = 0;
+    // What lay below a mount comes up when that is gone: more than one round.
+    for (int round = 0; round < 16; ++round) {
+        const auto mounts = read_mountinfo();
+        size_t now = 0;
+        for (const MountEntry& mount : mounts ? *mounts : std::vector<MountEntry>()) {
+            if (!is_ours_to_clean(mount) || OwnMounts::process().server_of(mount.device) || !is_on_top(mount)) continue;
+            if (probe(mount) != ServerState::kGone) continue;
+            const Result<> gone = unmount_entry(mount, true);
+            if (gone) {
+                ++now;
+                log::info("unmounted '{}', which a daemon that is gone has left behind", mount.path);
+            } else {
+                log::warn("a mount that is left of a daemon that is gone stays: {}", gone.error().message());
+            }
+        }
+        cleaned += now;
+        if (now == 0) break;
+    }
+    return cleaned;
+}
+
+}  // namespace gantry::fuse

@@ -1,0 +1,99 @@
+#include "runtime/own_mounts.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+
+#include <algorithm>
+#include <cerrno>
+
+namespace gantry {
+
+namespace {
+
+Result<Place> ask(int fd, const char* path, int flags) {
+    struct statx st;
+    // An empty mask: FUSE then tells the device and asks nobody; the mount's id comes from the kernel in any case.
+    if (::statx(fd, path, flags | AT_STATX_DONT_SYNC | AT_NO_AUTOMOUNT, 0, &st) < 0) {
+        return std::unexpected(Error::from_errno(errno, path));
+    }
+    Place place;
+    place.device = ::gnu_dev_makedev(st.stx_dev_major, st.stx_dev_minor);
+    if (st.stx_mask & STATX_MNT_ID) place.mount_id = st.stx_mnt_id;
+    return place;
+}
+
+}  // namespace
+
+Result<Place> place_of(const std::string& path, bool follow) {
+    return ask(AT_FDCWD, path.c_str(), follow ? 0 : AT_SYMLINK_NOFOLLOW);
+}
+
+Result<Place> place_of(int fd) { return ask(fd, "", AT_EMPTY_PATH); }
+
+OwnMounts& OwnMounts::process() {
+    static OwnMounts mounts;
+    return mounts;
+}
+
+Result<> OwnMounts::reserve(Mounted entry) {
+    const std::lock_guard lock(m_);
+    const auto same = std::ranges::find_if(all_, [&](const Mounted& other) {
+        return other.covered_device == entry.covered_device && other.covered_inode == entry.covered_inode;
+    });
+    if (same != all_.end()) {
+        return fail(ErrorKind::kExists, "There already is a FUSE export on '{}'; it is {}", entry.path, same->user);
+    }
+    all_.push_back(std::move(entry));
+    count_.store(all_.size());
+    return {};
+}
+
+void OwnMounts::mounted(uint64_t covered_device, uint64_t covered_inode, uint64_t device) {
+    const std::lock_guard lock(m_);
+    for (Mounted& entry : all_) {
+        if (entry.covered_device == covered_device && entry.covered_inode == covered_inode) entry.device = device;
+    }
+}
+
+void OwnMounts::remove(uint64_t covered_device, uint64_t covered_inode) {
+    const std::lock_guard lock(m_);
+    std::erase_if(all_, [&](const Mounted& entry) {
+        return entry.covered_device == covered_device && entry.covered_inode == covered_inode;
+    });
+    count_.store(all_.size());
+}
+
+std::optional<std::string> OwnMounts::server_of(uint64_t device) const {
+    if (count_.load() == 0) return std::nullopt;
+    const std::lock_guard lock(m_);
+    for (const Mounted& entry : all_) {
+        if (entry.device == device && device != 0) return entry.user;
+    }
+    return std::nullopt;
+}
+
+Result<> OwnMounts::check_path(const std::string& path) const {
+    if (count_.load() == 0) return {};
+    const auto place = place_of(path, true);
+    return check_device(place ? std::optional(place->device) : std::nullopt, path);
+}
+
+Result<> OwnMounts::check_fd(int fd, const std::string& path) const {
+    if (count_.load() == 0) return {};
+    const auto place = place_of(fd);
+    return check_device(place ? std::optional(place->device) : std::nullopt, path);
+}
+
+Result<> OwnMounts::check_device(std::optional<uint64_t> device, const std::string& path) const {
+    if (!device) return {};
+    const std::optional<std::string> server = server_of(*device);
+    if (!server) return {};
+    return std::unexpected(Error(ErrorKind::kInvalid,
+                                 fmt::format("Could not open '{}': {}; it is {} of this process, which would wait for "
+                                             "itself",
+                                             path, errno_text(EDEADLK), *server),
+                                 EDEADLK));
+}
+
+}  // namespace gantry
