@@ -17,6 +17,9 @@ const Result<std::string>& probe_io_uring();
 Result<std::unique_ptr<IoBackend>> make_uring_backend(Loop& loop);
 Result<std::unique_ptr<IoBackend>> make_epoll_backend(Loop& loop);
 
+/// Bytes of a driver's command.
+constexpr uint32_t kMaxCommand = 80;
+
 /// poll(2) without waiting: the events of `events` (and POLLERR, POLLHUP, POLLNVAL) that hold, or -errno.
 int poll_now(int fd, uint32_t events);
 

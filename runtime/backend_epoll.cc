@@ -106,6 +106,8 @@ int call_once(IoOp& op) {
         case IoOp::Kind::kConnect:
             n = ::connect(op.fd, op.sock.addr, op.sock.len);
             break;
+        case IoOp::Kind::kCommand:
+            return -EOPNOTSUPP;
         case IoOp::Kind::kPoll: {
             const int events = poll_now(op.fd, op.poll.events);
             if (events < 0) return events;
@@ -174,6 +176,7 @@ class EpollBackend final : public IoBackend {
 
 bool EpollBackend::submit(IoOp& op) {
     op.state = kIdle;
+    if (op.kind == IoOp::Kind::kPoll) op.poll.events &= ~static_cast<uint32_t>(EPOLLEXCLUSIVE);  // watched by all
     if (is_file_op(op.kind)) {
         submit_to_pool(op);
         return false;

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstring>
 
 #include "runtime/backend.h"
 #include "runtime/unique_fd.h"
@@ -19,6 +20,9 @@ namespace {
 
 constexpr unsigned kSqEntries = 256;
 constexpr unsigned kCqEntries = 4096;
+/// Entries have room for a driver's command.
+constexpr unsigned kCommonSetup =
+    IORING_SETUP_CQSIZE | IORING_SETUP_CLAMP | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_SQE128;
 constexpr size_t kMaxTransfer = 0x7ffff000;  // what Linux moves in one call
 
 /// user_data of the ring's own requests; operations have their address, which is aligned.
@@ -63,7 +67,7 @@ int init_ring(io_uring& ring, size_t& level, int& features) {
     int result = -EINVAL;
     for (; level < std::size(kLevels); ++level) {
         io_uring_params params{};
-        params.flags = kLevels[level].flags | IORING_SETUP_CQSIZE | IORING_SETUP_CLAMP | IORING_SETUP_SUBMIT_ALL;
+        params.flags = kLevels[level].flags | kCommonSetup;
         params.cq_entries = kCqEntries;
         result = ::io_uring_queue_init_params(kSqEntries, &ring, &params);
         if (result == 0) {
@@ -230,6 +234,12 @@ void UringBackend::prepare(io_uring_sqe* sqe, IoOp& op) {
         case IoOp::Kind::kPoll:
             ::io_uring_prep_poll_add(sqe, op.fd, op.poll.events);
             break;
+        case IoOp::Kind::kCommand:
+            ::io_uring_prep_rw(IORING_OP_URING_CMD, sqe, op.fd, op.command.iov, op.command.count, 0);
+            sqe->cmd_op = op.command.op;
+            std::memset(sqe->cmd, 0, kMaxCommand);
+            std::memcpy(sqe->cmd, op.command.data, op.command.size);
+            break;
     }
     ::io_uring_sqe_set_data(sqe, &op);
 }
@@ -345,6 +355,7 @@ bool UringBackend::worth_retry(const IoOp& op, int result) const {
         case IoOp::Kind::kRecvmsg:
             return result == -EINTR || !(op.msg.flags & MSG_DONTWAIT);
         case IoOp::Kind::kConnect:
+        case IoOp::Kind::kCommand:
             return false;
         default:
             return true;

@@ -11,6 +11,8 @@
 #include <system_error>
 #include <thread>
 
+#include "runtime/affinity.h"
+
 namespace gantry {
 
 namespace {
@@ -98,6 +100,7 @@ void BlockingPool::Impl::start_thread_locked() {
 
 void BlockingPool::Impl::work(std::list<std::thread>::iterator self) {
     pthread_setname_np(pthread_self(), "pool");
+    spread_thread();  // whoever started it may keep to one CPU
     std::unique_lock lock(m);
     for (;;) {
         if (!head) {

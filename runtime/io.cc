@@ -91,6 +91,13 @@ IoAwait io_poll(int fd, uint32_t events) {
     return b;
 }
 
+IoAwait io_command(int fd, uint32_t op, const void* data, uint32_t size, const iovec* iov, uint32_t count) {
+    CHECK(size <= kMaxCommand, "a command fits into its entry of the submission queue");
+    Builder b(IoOp::Kind::kCommand, fd);
+    b.op().command = {data, size, op, iov, count};
+    return b;
+}
+
 int poll_now(int fd, uint32_t events) {
     pollfd p{fd, static_cast<short>(events), 0};
     for (;;) {

@@ -43,6 +43,10 @@ IoAwait io_accept(int fd, sockaddr* addr = nullptr, socklen_t* addrlen = nullptr
 IoAwait io_connect(int fd, const sockaddr* addr, socklen_t len);
 /// Waits for POLLIN/POLLOUT/...; the result is the events that hold.
 IoAwait io_poll(int fd, uint32_t events);
+/// A command of a driver (IORING_OP_URING_CMD): `size` bytes at `data`, at most 80, travel with it, as do `count`
+/// ranges at `iov`; both stay until completion. Only where Loop::is_io_uring(); -EOPNOTSUPP elsewhere. May be
+/// cancelled.
+IoAwait io_command(int fd, uint32_t op, const void* data, uint32_t size, const iovec* iov, uint32_t count);
 
 /// An operation that another coroutine of the same loop may cancel: `CancellableIo io(io_accept(fd)); int r = co_await
 /// io;` with `io.cancel()` elsewhere. After completion cancel() does nothing.

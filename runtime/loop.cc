@@ -4,6 +4,7 @@
 
 #include <thread>
 
+#include "runtime/affinity.h"
 #include "runtime/backend.h"
 #include "runtime/buffer.h"
 #include "runtime/loop_impl.h"
@@ -186,6 +187,7 @@ void Loop::run_while(const bool& done) {
 void Loop::turn(const bool* done) {
     Impl& in = *impl_;
     turn_time_ = Clock::now();
+    ++turns_;
     in.timers.expire(*this, turn_time_);
     unsigned budget = kTurnBudget;
     while (budget > 0) {
@@ -259,6 +261,23 @@ void Loop::idle() {
     } else if (waited > in.poll_time) {
         in.poll_time = std::min(poll_limit, std::max(kPollStart, in.poll_time * 2));
     }
+}
+
+bool Loop::follow(int tid) {
+    if (poll_max().count() != 0) return false;
+    const int cpu = cpu_of_thread(tid);
+    if (cpu < 0) return false;
+    if (cpu != following_) {
+        if (!keep_thread_on(cpu)) return false;
+        following_ = cpu;
+    }
+    return true;
+}
+
+void Loop::unfollow() {
+    if (following_ < 0) return;
+    spread_thread();
+    following_ = -1;
 }
 
 void Loop::sleep(Clock::time_point deadline) {

@@ -31,7 +31,7 @@ enum class IoBackendKind : uint8_t { kAuto, kIoUring, kEpoll };
 /// One I/O operation; lives in the awaiting coroutine's frame. `result` >= 0 or -errno.
 struct IoOp {
     // clang-format off
-    enum class Kind : uint8_t { kRead, kWrite, kFsync, kFdatasync, kFallocate, kRecv, kSend, kSendmsg, kRecvmsg, kAccept, kConnect, kPoll };
+    enum class Kind : uint8_t { kRead, kWrite, kFsync, kFdatasync, kFallocate, kRecv, kSend, kSendmsg, kRecvmsg, kAccept, kConnect, kPoll, kCommand };
     Kind kind;
     int fd = -1;
     union {
@@ -41,6 +41,7 @@ struct IoOp {
         struct { msghdr* msg; int flags; } msg;                                             // kSendmsg, kRecvmsg
         struct { sockaddr* addr; socklen_t* addrlen; int flags; socklen_t len; } sock;      // kAccept, kConnect
         struct { uint32_t events; } poll;                                                   // kPoll (POLLIN ...)
+        struct { const void* data; uint32_t size, op; const iovec* iov; uint32_t count; } command;  // kCommand (see io_command)
     };
     // clang-format on
     int32_t result = 0;
@@ -149,8 +150,17 @@ class Loop {
     int thread_id() const { return tid_.load(std::memory_order_relaxed); }
     /// Time at the start of this turn (cheap).
     Clock::time_point turn_time() const { return turn_time_; }
+    /// Turns begun so far.
+    uint64_t turns() const { return turns_; }
     /// Coroutines on the ready list (drivers that batch look at it).
     bool has_ready() const;
+    /// The loop's thread stays on the CPU that `tid`, whose requests it answers one by one, ran on last: to hand over
+    /// between two CPUs costs more than such a request. False when that cannot be found out, is not allowed, or the
+    /// loop polls by its poll_max. Costs some 10 us.
+    bool follow(int tid);
+    /// The end of follow().
+    void unfollow();
+    bool following() const { return following_ >= 0; }
 
     struct Impl;
     Impl& impl() { return *impl_; }
@@ -171,8 +181,10 @@ class Loop {
     std::atomic<int> tid_{0};
     Clock::time_point turn_time_{};
     bool is_io_uring_ = false;
-    std::chrono::nanoseconds expected_within_{0};  // own loop only, as is the rest
-    uint32_t vain_polls_ = 0;                      // in a row, of expect_soon()
+    int following_ = -1;  // a CPU; own loop only, as is the rest
+    uint64_t turns_ = 0;
+    std::chrono::nanoseconds expected_within_{0};
+    uint32_t vain_polls_ = 0;  // in a row, of expect_soon()
     uint32_t polls_to_skip_ = 0;
 };
 

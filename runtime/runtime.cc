@@ -7,6 +7,7 @@
 #include <charconv>
 #include <system_error>
 
+#include "runtime/affinity.h"
 #include "runtime/backend.h"
 #include "runtime/log.h"
 
@@ -32,6 +33,7 @@ Result<std::optional<std::chrono::nanoseconds>> parse_io_poll(std::string_view t
 }
 
 Result<std::unique_ptr<Runtime>> Runtime::create(RuntimeOptions options) {
+    note_process_cpus();
     std::unique_ptr<Runtime> rt(new Runtime);
     if (options.backend == IoBackendKind::kEpoll) {
         rt->backend_reason_ = "epoll with blocking threads, as asked";
