@@ -27,7 +27,9 @@ struct ExportContext {
     std::vector<Loop*> loops;           // where its units (connections, queues) are dealt; never empty
     std::string id;
     bool writable = false;
-    json::object options;      // validated BlockExportOptions
+    json::object options;  // validated BlockExportOptions
+    /// The export has ended by itself (its mount is gone): asks for its removal. Main loop, after start() has begun.
+    std::function<void()> ended;
     Keeper* keeper = nullptr;  // who holds descriptors beyond the life of this process; null: nobody
 };
 
@@ -41,10 +43,15 @@ class Export {
     block::Root& root() const { return *context_.root; }
     bool writable() const { return context_.writable; }
 
+    /// What it takes on its node, and lets others take.
+    virtual block::EdgePerms perms() const;
+
     /// Makes it reachable. On failure nothing of it is left.
     virtual Task<Result<>> start() = 0;
     /// Clients that would be cut off by a safe removal.
     virtual bool has_clients() const = 0;
+    /// The first step of a safe removal: true when no client would be cut off, and none comes any more.
+    virtual Task<bool> let_go() { co_return !has_clients(); }
     /// Cuts clients off, waits until no request and no coroutine of this export is left. Always ends.
     virtual Task<void> stop() = 0;
     virtual void on_resize(uint64_t new_size) {}
@@ -82,7 +89,7 @@ class Registry {
     /// block-export-add with validated options. Texts: spec/qmp.md sections 3.2 and 10.
     Task<Result<>> add(json::object options);
     /// block-export-del: returns when the removal has begun; deleted(id) is called when the id is free again.
-    Result<> remove(std::string_view id, RemoveMode mode);
+    Task<Result<>> remove(std::string id, RemoveMode mode);
     /// Newest first.
     std::vector<ExportInfo> list() const;
     Export* find(std::string_view id) const;

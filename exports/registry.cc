@@ -16,6 +16,7 @@ struct Registry::Entry {
     std::string id;
     std::string type;
     State state = State::kStarting;
+    bool hard = false;                   // a hard removal was asked for, whatever a safe one comes to
     std::vector<std::string> iothreads;  // that it keeps in use
     std::string node_name;               // while it has no root
     std::unique_ptr<Export> exported;
@@ -31,6 +32,8 @@ struct Registry::Impl {
     static Task<void> finish_removal(Registry* registry, Entry* entry);
     static Task<Result<>> bring_up(Registry& registry, Entry& entry, json::object options, const ExportType& type,
                                    std::vector<Loop*> loops);
+    /// Begins the hard removal of the export of this id, if there is one.
+    static void remove_hard(Registry& registry, std::string id);
     static void erase(Registry& registry, Entry* entry);
 };
 
@@ -54,6 +57,14 @@ std::vector<std::string> iothread_names(const json::object& options) {
 }
 
 }  // namespace
+
+block::EdgePerms Export::perms() const {
+    block::EdgePerms perms;
+    perms.need = block::Perm::kConsistentRead;
+    if (writable()) perms.need |= block::Perm::kWrite;
+    perms.share = block::Perm::kAll & ~block::Perm::kResize;
+    return perms;
+}
 
 Registry::Registry(Runtime& runtime, block::Graph& graph, std::span<const ExportType> types,
                    std::function<void(std::string_view id)> deleted)
@@ -128,15 +139,14 @@ Task<Result<>> Registry::Impl::bring_up(Registry& registry, Entry& entry, json::
     context.options = options;
     context.keeper = registry.keeper_;
     const bool writable = context.writable;
+    context.ended = [&registry, id = entry.id] { Impl::remove_hard(registry, id); };
     CO_TRY(entry.exported, type.create(std::move(context)));
 
     block::RootOptions root;
     root.user = user_name(entry.type, entry.id);
     root.writethrough = view.flag("writethrough");
-    root.perms.need = block::Perm::kConsistentRead;
-    if (writable) root.perms.need |= block::Perm::kWrite;
-    root.perms.share = block::Perm::kAll & ~block::Perm::kResize;
     Export* exported = entry.exported.get();
+    root.perms = exported->perms();
     root.on_resize = [exported](uint64_t size) { exported->on_resize(size); };
 
     block::Node* node = registry.graph_.find(entry.node_name);
@@ -162,23 +172,36 @@ void Registry::Impl::erase(Registry& registry, Entry* entry) {
     registry.impl_->changed.notify_all();
 }
 
-Result<> Registry::remove(std::string_view id, RemoveMode mode) {
+Task<Result<>> Registry::remove(std::string id, RemoveMode mode) {
     const auto it = std::ranges::find_if(entries_, [&](const auto& e) { return e->id == id; });
     if (it == entries_.end() || (*it)->state == State::kStarting) {
-        return fail(ErrorKind::kNotFound, "Export '{}' is not found", id);
+        co_return fail(ErrorKind::kNotFound, "Export '{}' is not found", id);
     }
-    Entry& entry = **it;
-    if (entry.state == State::kStopping) {
-        if (mode == RemoveMode::kHard) return {};
-        return fail(ErrorKind::kBusy, "Export '{}' is already shutting down", id);
+    Entry* entry = it->get();
+    if (entry->state == State::kStopping) {
+        entry->hard |= mode == RemoveMode::kHard;
+        if (mode == RemoveMode::kHard) co_return Result<>();
+        co_return fail(ErrorKind::kBusy, "Export '{}' is already shutting down", id);
     }
-    if (mode == RemoveMode::kSafe && entry.exported->has_clients()) {
-        return fail(ErrorKind::kBusy, "export '{}' still in use; disconnect its clients, or remove it with mode=hard",
-                    id);
+    entry->hard = mode == RemoveMode::kHard;
+    entry->state = State::kStopping;
+    if (!entry->hard) {
+        const bool gone = co_await entry->exported->let_go();
+        if (!gone && !entry->hard) {
+            entry->state = State::kRunning;
+            impl_->changed.notify_all();
+            co_return fail(ErrorKind::kBusy,
+                           "export '{}' still in use; disconnect its clients, or remove it with mode=hard", id);
+        }
     }
-    entry.state = State::kStopping;
-    impl_->scope.spawn(Impl::finish_removal(this, &entry));
-    return {};
+    impl_->scope.spawn(Impl::finish_removal(this, entry));
+    co_return Result<>();
+}
+
+void Registry::Impl::remove_hard(Registry& registry, std::string id) {
+    registry.impl_->scope.spawn([](Registry* r, std::string name) -> Task<void> {
+        [[maybe_unused]] const Result<> begun = co_await r->remove(std::move(name), RemoveMode::kHard);
+    }(&registry, std::move(id)));
 }
 
 Task<void> Registry::Impl::finish_removal(Registry* registry, Entry* entry) {
@@ -226,9 +249,7 @@ Task<void> Registry::remove_all(std::string_view type) {
         for (const auto& e : entries_) {
             if (concerned(e) && e->state == State::kRunning) ids.push_back(e->id);
         }
-        for (const std::string& id : ids) {
-            [[maybe_unused]] const Result<> begun = remove(id, RemoveMode::kHard);
-        }
+        for (const std::string& id : ids) Impl::remove_hard(*this, id);
         if (std::ranges::none_of(entries_, concerned)) break;
         // One that is being added is waited for, too.
         co_await impl_->changed.wait();
@@ -243,9 +264,7 @@ Task<void> Registry::remove_if(std::function<bool(const Export&)> concerned) {
         for (const auto& e : entries_) {
             if (left(e) && e->state == State::kRunning) ids.push_back(e->id);
         }
-        for (const std::string& id : ids) {
-            [[maybe_unused]] const Result<> begun = remove(id, RemoveMode::kHard);
-        }
+        for (const std::string& id : ids) Impl::remove_hard(*this, id);
         // A removal that need not wait is over by now.
         if (std::ranges::none_of(entries_, left)) break;
         co_await impl_->changed.wait();

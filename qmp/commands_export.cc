@@ -58,7 +58,7 @@ Task<Result<json::value>> nbd_server_remove(Services& services, json::object arg
         co_return fail(ErrorKind::kInvalid, "Block export '{}' is not an NBD export", id);
     }
     const auto mode = options.str("mode", "safe") == "hard" ? exports::RemoveMode::kHard : exports::RemoveMode::kSafe;
-    co_return done(services.exports.remove(id, mode));
+    co_return done(co_await services.exports.remove(id, mode));
 }
 
 Task<Result<json::value>> query_nbd_servers(Services& services, json::object) {
@@ -74,7 +74,7 @@ Task<Result<json::value>> block_export_add(Services& services, json::object argu
 Task<Result<json::value>> block_export_del(Services& services, json::object arguments) {
     schema::Options options(arguments);
     auto mode = options.str("mode", "safe") == "hard" ? exports::RemoveMode::kHard : exports::RemoveMode::kSafe;
-    co_return done(services.exports.remove(options.str("id"), mode));
+    co_return done(co_await services.exports.remove(options.str("id"), mode));
 }
 
 Task<Result<json::value>> query_block_exports(Services& services, json::object) {

@@ -71,10 +71,9 @@ struct Fixture {
     }
     std::string remove(std::string_view id, RemoveMode mode = RemoveMode::kSafe) {
         // On the main loop, as commands are.
-        auto r = runtime.run(remove_task(id, mode));
+        auto r = runtime.run(registry.remove(std::string(id), mode));
         return r ? "" : r.error().message();
     }
-    Task<Result<>> remove_task(std::string_view id, RemoveMode mode) { co_return registry.remove(id, mode); }
     bool eventually(std::function<bool()> condition) { return runtime.run(test::wait_until(std::move(condition))); }
 
     test::TestRuntime runtime;
