@@ -1,6 +1,7 @@
 #include "fuse/mount.h"
 
 #include <algorithm>
+#include <mutex>
 #include <optional>
 
 #include "fuse/mount_point.h"
@@ -25,6 +26,18 @@ Result<std::optional<MountEntry>> find_mount(uint64_t device) {
     return found;
 }
 
+/// clean_stale_mounts() beside everything else: a mount whose server is silent takes it a second.
+struct CleaningWork : PoolItem {
+    static void start(BlockingPool& pool) {
+        auto* work = new CleaningWork;
+        work->run = [](PoolItem* item) {
+            clean_stale_mounts();
+            delete static_cast<CleaningWork*>(item);
+        };
+        pool.submit(*work);
+    }
+};
+
 /// Members of what save() made, as a process before this one may have damaged it.
 uint64_t number_of(const json::object& saved, std::string_view name) {
     const json::value* value = saved.if_contains(name);
@@ -40,6 +53,8 @@ std::string text_of(const json::object& saved, std::string_view name) {
 }  // namespace
 
 Task<Result<std::unique_ptr<Mount>>> Mount::create(MountRequest request) {
+    static std::once_flag cleaning;
+    std::call_once(cleaning, [] { CleaningWork::start(Loop::current().pool()); });
     co_return co_await run_blocking([&request] { return create_blocking(std::move(request)); });
 }
 

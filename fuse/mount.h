@@ -28,7 +28,7 @@ struct MountRequest {
 class Mount {
   public:
     /// Checks the mount point and mounts: by mount(2) where this process may, else by fusermount3. The kernel's INIT
-    /// waits in fd() then. Errors: kNotFound, kInvalid (no regular file), kExists (it is an export of this process),
+    /// waits in fd() then. The first call of a process also has clean_stale_mounts() done, beside it. Errors: kNotFound, kInvalid (no regular file), kExists (it is an export of this process),
     /// kPermission with what is missing.
     static Task<Result<std::unique_ptr<Mount>>> create(MountRequest request);
     /// The mount of a process before this one: what save() told, and its descriptor. kInvalid when it is not mounted
@@ -49,6 +49,11 @@ class Mount {
     /// `hard`: clients that have it open do not matter. kBusy otherwise. What somebody else has unmounted already, or
     /// covered by a mount of his own, is no error. The thread that serves the file must be able to answer meanwhile.
     Task<Result<>> unmount(bool hard);
+    /// Whether abort() can work: by the kernel's control file system, or because this process may unmount.
+    bool can_abort() const;
+    /// Ends the connection to the kernel, mounted or not: every client's request fails, and so does every entry of a
+    /// ring. A failure is logged.
+    Task<void> abort();
     /// From now on the destructor leaves the mount to whoever keeps the descriptor.
     void leave() { left_ = true; }
 
