@@ -51,8 +51,9 @@ class Graph {
     static void cancel_in_flight(Node& node);
     /// blockdev-reopen: all or nothing.
     Task<Result<>> reopen(std::vector<json::object> options);
-    /// block_resize: takes the resize permission for the moment of the change; drained.
-    Task<Result<>> resize(Node& node, int64_t new_size);
+    /// block_resize: takes the resize permission for the moment of the change; drained. `grow_only`: nothing happens
+    /// when the node is as large, also by a resize that came before this one.
+    Task<Result<>> resize(Node& node, int64_t new_size, bool grow_only = false);
     /// Null when absent.
     Node* find(std::string_view node_name) const;
     /// "Cannot find device='X' nor node-name='X'" etc. as the commands want it.

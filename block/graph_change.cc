@@ -66,11 +66,12 @@ Task<Result<>> resize_with_bitmaps(Node& node, uint64_t new_size) {
 
 }  // namespace
 
-Task<Result<>> Graph::resize(Node& node, int64_t new_size) {
+Task<Result<>> Graph::resize(Node& node, int64_t new_size, bool grow_only) {
     if (new_size < 0) co_return fail(ErrorKind::kInvalid, "Parameter 'size' expects a >0 size");
     std::shared_ptr<Node> wanted = node.shared_from_this();
     auto guard = co_await mutex_.lock();
     CO_TRY(std::shared_ptr<Node> alive, still_open(std::move(wanted)));
+    if (grow_only && alive->size() >= static_cast<uint64_t>(new_size)) co_return Result<>();
     if (alive->read_only())
         co_return fail(ErrorKind::kReadOnly, "Image is read-only; node '{}' was opened read-only", alive->name());
     std::vector<Node*> storage;
