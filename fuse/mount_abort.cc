@@ -1,0 +1,44 @@
+// The hard end of a connection to the kernel.
+
+#include <fcntl.h>
+#include <sys/mount.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+#include <cerrno>
+
+#include "fuse/mount.h"
+#include "runtime/blocking_pool.h"
+#include "runtime/log.h"
+
+namespace gantry::fuse {
+
+namespace {
+
+/// Of the control file system (fusectl), named after the mount's device.
+std::string control_file(uint64_t device) {
+    return fmt::format("/sys/fs/fuse/connections/{}/abort", minor(static_cast<dev_t>(device)));
+}
+
+int write_abort(const std::string& path) {
+    const UniqueFd fd(::open(path.c_str(), O_WRONLY | O_CLOEXEC));
+    if (!fd) return errno;
+    return ::write(fd.get(), "1", 1) == 1 ? 0 : errno;
+}
+
+}  // namespace
+
+bool Mount::can_abort() const { return ::geteuid() == 0 || ::access(control_file(device_).c_str(), W_OK) == 0; }
+
+Task<void> Mount::abort() {
+    const int error = co_await run_blocking([this] {
+        const int failed = write_abort(control_file(device_));
+        if (failed == 0) return 0;
+        // Where that is not mounted: the forced kind of unmounting aborts first, and need not succeed as a whole.
+        (void)::umount2(path_.c_str(), MNT_FORCE | UMOUNT_NOFOLLOW);
+        return ::geteuid() == 0 ? 0 : failed;
+    });
+    if (error != 0) log::warn("'{}': aborting the connection to the kernel: {}", path_, errno_text(error));
+}
+
+}  // namespace gantry::fuse
