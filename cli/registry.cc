@@ -6,6 +6,7 @@
 #include "block/formats/raw.h"
 #include "block/protocols/file.h"
 #include "block/protocols/null.h"
+#include "fuse/export.h"
 #include "nbd/client/node.h"
 #include "nbd/server.h"
 #include "runtime/check.h"
@@ -24,6 +25,7 @@ std::span<const block::Driver> drivers() {
 std::span<const exports::ExportType> export_types() {
     static const std::array kTypes = {
         nbd::kNbdExportType,
+        fuse::kFuseExportType,
     };
     return kTypes;
 }

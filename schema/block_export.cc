@@ -8,11 +8,13 @@ namespace {
 
 // --- exports
 
-constexpr EnumValue kExportTypeValues[] = {{"nbd", "a network block device"}};
+constexpr EnumValue kExportTypeValues[] = {
+    {"nbd", "a network block device"},
+    {"fuse", "a file: the node covers a file that exists"},
+};
 // Serving an export type moves its line up, with its options below.
 constexpr Absent kAbsentExports[] = {
     {"vhost-user-blk", "not in this build: vhost-user is not built"},
-    {"fuse", "not in this build: exports into the file system are not built"},
     {"vduse-blk", "not in this build: vduse is not built"},
 };
 
@@ -46,6 +48,40 @@ constexpr Member kNbdMembers[] = {
 constinit const Type kNbdOptions =
     derived_type("BlockExportOptionsNbd", "A network block device.", kNbdBase, kNbdMembers);
 
+constexpr EnumValue kAllowOtherValues[] = {
+    {"off", "the user of the program alone gets at the file, not even root does"},
+    {"on", "whoever the file's mode lets in"},
+    {"auto", "on, where mounting like that is allowed, else off"},
+};
+constinit const Type kAllowOther =
+    enum_type("FuseExportAllowOther", "Who besides the user of the program gets at the file.", kAllowOtherValues);
+constexpr EnumValue kTransportValues[] = {
+    {"classic", "by /dev/fuse; files stay open over a restart of the program"},
+    {"uring", "by io_uring where the kernel has it and it is enabled, else classic"},
+    {"auto", "uring, unless the service manager keeps files open over restarts"},
+};
+constinit const Type kTransport =
+    enum_type("FuseExportTransport", "How the kernel and the program exchange requests.", kTransportValues);
+constexpr EnumValue kOTruncValues[] = {
+    {"ignore", "the file keeps its size and content, as a block device does"},
+    {"honour", "the file is cut to nothing, as a file is"},
+};
+constinit const Type kOTrunc = enum_type("FuseExportOTrunc", "What opening with O_TRUNC does.", kOTruncValues);
+constexpr Member kFuseMembers[] = {
+    required("mountpoint", kStr, "a regular file that exists, and is covered; the image itself may be it"),
+    optional("growable", kBool, "off", "writes beyond the end enlarge the node"),
+    optional("allow-other", kAllowOther, "auto", "who besides the user of the program gets at the file"),
+    optional("x-transport", kTransport, "classic", "how the kernel and the program exchange requests"),
+    optional("x-passthrough", kBool, "off",
+             "the kernel reads and writes the image itself; for raw images without anything between, which then cannot "
+             "be put there"),
+    optional("x-o-trunc", kOTrunc, "ignore", "what opening with O_TRUNC does"),
+    optional("x-cached", kBool, "off",
+             "the kernel keeps what was read; only with writable=off, for a node that nobody else writes to"),
+};
+constinit const Type kFuseOptions =
+    struct_type("BlockExportOptionsFuse", "A file: the node covers a file that exists.", kFuseMembers);
+
 }  // namespace
 
 constinit const Type kBlockExportType =
@@ -65,7 +101,7 @@ constexpr Member kExportMembers[] = {
 constexpr Absent kExportAbsent[] = {
     {"allow-inactive", "not in this build: inactive nodes are not built"},
 };
-constexpr Variant kExportVariants[] = {{"nbd", &kNbdOptions}};
+constexpr Variant kExportVariants[] = {{"nbd", &kNbdOptions}, {"fuse", &kFuseOptions}};
 constinit const Type kExportOptions = union_type("BlockExportOptions", "Offers a node to others.", kExportMembers,
                                                  "type", kExportVariants, kExportAbsent);
 
@@ -179,7 +215,8 @@ constexpr Event kEvents[] = {
 };
 
 constexpr const Type* kTypes[] = {
-    &kBlockExportType, &kRemoveMode,         &kIothreads,  &kNbdBase,
+    &kBlockExportType, &kAllowOther,         &kTransport,  &kOTrunc,
+    &kFuseOptions,     &kRemoveMode,         &kIothreads,  &kNbdBase,
     &kNbdOptions,      &kExportOptions,      &kExportInfo, &kServerOptions,
     &kServerAddresses, &kServerAddArguments, &kClientInfo, &kServerInfo,
 };
