@@ -8,6 +8,7 @@
 #include "block/graph.h"
 #include "block/node_flags.h"
 #include "runtime/blocking_pool.h"
+#include "runtime/own_mounts.h"
 
 namespace gantry::block {
 
@@ -132,8 +133,11 @@ bool collect_paths(const json::value& value, Paths& paths, int depth) {
 /// Whether `path` lies, symbolic links resolved, in one of the directories. Blocking.
 bool lies_inside(const std::string& path, const std::vector<std::string>& directories) {
     std::error_code error;
-    const std::filesystem::path real = std::filesystem::weakly_canonical(path, error);
-    if (error) return false;
+    // One of our own exports cannot be asked what it is; it is there, so its name can be found without.
+    const std::filesystem::path real = OwnMounts::process().check_path(path)
+                                           ? std::filesystem::weakly_canonical(path, error)
+                                           : std::filesystem::path(real_path_of_place(path));
+    if (error || real.empty()) return false;
     for (const std::string& directory : directories) {
         const std::filesystem::path base = std::filesystem::weakly_canonical(directory, error);
         if (error) continue;

@@ -3,9 +3,13 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
+
+#include "runtime/unique_fd.h"
 
 namespace gantry {
 
@@ -30,6 +34,15 @@ Result<Place> place_of(const std::string& path, bool follow) {
 }
 
 Result<Place> place_of(int fd) { return ask(fd, "", AT_EMPTY_PATH); }
+
+std::string real_path_of_place(const std::string& path) {
+    const UniqueFd fd(::open(path.c_str(), O_PATH | O_CLOEXEC));
+    if (!fd) return {};
+    std::array<char, 4097> buffer;
+    const ssize_t n = ::readlink(fmt::format("/proc/self/fd/{}", fd.get()).c_str(), buffer.data(), buffer.size());
+    if (n <= 0 || static_cast<size_t>(n) >= buffer.size()) return {};
+    return std::string(buffer.data(), static_cast<size_t>(n));
+}
 
 OwnMounts& OwnMounts::process() {
     static OwnMounts mounts;

@@ -57,5 +57,7 @@ struct Place {
 /// `follow`: a symbolic link at the end. The error is an errno without text.
 Result<Place> place_of(const std::string& path, bool follow);
 Result<Place> place_of(int fd);
+/// The path without links, also asked of nobody; empty when there is nothing.
+std::string real_path_of_place(const std::string& path);
 
 }  // namespace gantry

@@ -15,6 +15,7 @@
 #include "block/protocols/file_open.h"
 #include "runtime/blocking_pool.h"
 #include "runtime/log.h"
+#include "runtime/own_mounts.h"
 #include "runtime/unique_fd.h"
 #include "schema/options.h"
 
@@ -52,6 +53,7 @@ Result<Making> open_or_make(const std::string& filename) {
     Making making;
     constexpr int kFlags = O_RDWR | O_CLOEXEC | O_NONBLOCK | O_NOCTTY;
     for (int attempt = 0; attempt < 16 && !making.fd; attempt++) {
+        CHECK_OK(OwnMounts::process().check_path(filename));
         making.fd.reset(::open(filename.c_str(), kFlags));
         making.created.existed = true;
         if (making.fd) break;
@@ -62,6 +64,7 @@ Result<Making> open_or_make(const std::string& filename) {
         if (!making.fd && errno != EEXIST && errno != EINTR) return could_not(filename, errno);
     }
     if (!making.fd) return could_not(filename, EAGAIN);
+    CHECK_OK(OwnMounts::process().check_fd(making.fd.get(), filename));
     struct stat st;
     if (::fstat(making.fd.get(), &st) < 0) return could_not(filename, errno);
     if (S_ISBLK(st.st_mode)) {

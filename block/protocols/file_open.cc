@@ -11,6 +11,7 @@
 
 #include "block/protocols/file_alignment.h"
 #include "runtime/fd_sets.h"
+#include "runtime/own_mounts.h"
 
 namespace gantry::block {
 
@@ -99,6 +100,10 @@ int open_raw(const OpenRequest& rq, int flags, OpenedFile& out) {
     if (fd >= 0 || errno != ENOENT) return fd;
     UniqueFd named(open_retrying(rq.filename.c_str(), flags));
     if (!named) return -1;
+    if (!OwnMounts::process().check_fd(named.get(), rq.filename)) {
+        errno = EDEADLK;
+        return -1;
+    }
     struct stat a, b;
     if (::fstat(rq.again, &a) < 0 || ::fstat(named.get(), &b) < 0) return -1;
     if (a.st_dev != b.st_dev || a.st_ino != b.st_ino) {
@@ -149,7 +154,9 @@ bool file_could_be_written(int fd, const std::string& filename, FileKind kind) {
     }
     const std::string self = fmt::format("/proc/self/fd/{}", fd);
     int r = ::faccessat(AT_FDCWD, self.c_str(), W_OK, AT_EACCESS);
-    if (r < 0 && errno == ENOENT) r = ::faccessat(AT_FDCWD, filename.c_str(), W_OK, AT_EACCESS);
+    if (r < 0 && errno == ENOENT && OwnMounts::process().check_path(filename)) {
+        r = ::faccessat(AT_FDCWD, filename.c_str(), W_OK, AT_EACCESS);
+    }
     return r == 0 || !is_access_error(errno);
 }
 
@@ -167,12 +174,15 @@ Result<uint64_t> file_size(int fd, FileKind kind) {
 Result<OpenedFile> open_file(const OpenRequest& rq) {
     struct stat st;
     if (rq.again < 0 && !FdSets::is_set(rq.filename)) {
+        CHECK_OK(OwnMounts::process().check_path(rq.filename));
         // Opening is an act for some devices and sockets; what is of the wrong kind is not even opened.
         if (::stat(rq.filename.c_str(), &st) < 0) return open_failed(rq, errno);
         CHECK_OK(check_kind(rq, st.st_mode));
     }
     TRY(OpenedFile out, open_mode(rq));
     const int fd = out.fd.get();
+    // An export may have come there meanwhile.
+    CHECK_OK(OwnMounts::process().check_fd(fd, rq.filename));
     if (::fstat(fd, &st) < 0) return open_failed(rq, errno);
     CHECK_OK(check_kind(rq, st.st_mode));
     const int flags = ::fcntl(fd, F_GETFL);

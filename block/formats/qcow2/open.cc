@@ -13,6 +13,7 @@
 #include "block/formats/qcow2/write_options.h"
 #include "block/graph.h"
 #include "runtime/blocking_pool.h"
+#include "runtime/own_mounts.h"
 #include "schema/schema.h"
 #include "schema/validate.h"
 
@@ -67,7 +68,8 @@ Task<Result<json::object>> protocol_definition(std::string name) {
         const std::string filename(protocol.at("filename").as_string());
         const bool is_device = co_await run_blocking([&] {
             struct stat st{};
-            return ::stat(filename.c_str(), &st) == 0 && (S_ISBLK(st.st_mode) || S_ISCHR(st.st_mode));
+            return OwnMounts::process().check_path(filename) && ::stat(filename.c_str(), &st) == 0 &&
+                   (S_ISBLK(st.st_mode) || S_ISCHR(st.st_mode));
         });
         if (is_device) protocol["driver"] = "host_device";
     }
