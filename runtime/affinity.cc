@@ -51,7 +51,7 @@ int cpu_of_thread(int tid) {
     if (n <= 0) return -1;
     std::string_view rest(text, static_cast<size_t>(n));
     rest.remove_prefix(std::min(rest.rfind(')') + 1, rest.size()));
-    for (int field = 2; field < kProcessor; ++field) {
+    for (int field = 3; field < kProcessor; ++field) {
         const size_t space = rest.find(' ', 1);
         if (space == std::string_view::npos) return -1;
         rest.remove_prefix(space);
