@@ -52,11 +52,17 @@ Result<std::unique_ptr<Daemon>> Daemon::create(DaemonSettings settings) {
 
 Daemon::Daemon(DaemonSettings settings, std::unique_ptr<Runtime> runtime)
     : runtime_(std::move(runtime)),
+      export_deleted_(std::move(settings.export_deleted)),
+      take_signal_(std::move(settings.take_signal)),
       notifier_(std::move(settings.notifier)),
       sockets_(std::move(settings.sockets)),
       events_(monitors_),
       graph_(*runtime_, drivers(), &events_),
-      exports_(*runtime_, graph_, export_types(), [this](std::string_view id) { events_.export_deleted(id); }),
+      exports_(*runtime_, graph_, export_types(),
+               [this](std::string_view id) {
+                   events_.export_deleted(id);
+                   if (export_deleted_) export_deleted_(id);
+               }),
       nbd_servers_(*runtime_),
       objects_(*runtime_, exports_, graph_.secrets()),
       services_{*runtime_,
@@ -219,8 +225,16 @@ Task<void> Daemon::watch_signals() {
     co_return;
 }
 
-Task<void> Daemon::wait_for_signals() {
+Task<int> Daemon::next_signal() {
     int number = co_await signals_->next();
+    while (number != 0 && take_signal_ && take_signal_(number, signals_->by_terminal())) {
+        number = co_await signals_->next();
+    }
+    co_return number;
+}
+
+Task<void> Daemon::wait_for_signals() {
+    int number = co_await next_signal();
     // With TLS credentials SIGHUP has their files read again; without, it ends the daemon as it ends the reference.
     while (number == SIGHUP && !objects_.tls().empty() && !quit_.is_set()) {
         const Result<> reloaded = co_await objects_.tls().reload({});
@@ -229,7 +243,7 @@ Task<void> Daemon::wait_for_signals() {
         } else {
             log::error("signal {}: {}", number, reloaded.error().message());
         }
-        number = co_await signals_->next();
+        number = co_await next_signal();
     }
     if (number == 0) co_return;
     log::info("signal {}: ending", number);

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -24,6 +25,11 @@ struct DaemonSettings {
     RuntimeOptions runtime;
     systemd::Notifier notifier;
     systemd::ActivationSockets sockets;
+    /// Told of every export that is gone. Main loop.
+    std::function<void(std::string_view id)> export_deleted;
+    /// Asked about each signal (SIGTERM, SIGINT, SIGHUP; `by_terminal`: the whole foreground job has got it): true keeps
+    /// it from ending the daemon. Main loop.
+    std::function<bool(int number, bool by_terminal)> take_signal;
 };
 
 /// One per CPU this process may use, at most 4.
@@ -64,12 +70,15 @@ class Daemon {
     Result<UniqueFd> find_descriptor(std::string_view name);
     Task<void> main_task();
     Task<void> watch_signals();
+    Task<int> next_signal();
     Task<void> wait_for_signals();
     Task<void> report_status();
     Task<void> end_task();
     void cancel_requests();
 
     std::unique_ptr<Runtime> runtime_;
+    std::function<void(std::string_view)> export_deleted_;
+    std::function<bool(int, bool)> take_signal_;
     systemd::Notifier notifier_;
     systemd::ActivationSockets sockets_;
     qmp::Monitors monitors_;

@@ -45,6 +45,7 @@ Task<int> SignalWaiter::next() {
     while (!cancelled_) {
         signalfd_siginfo info;
         if (::read(fd_.get(), &info, sizeof info) == static_cast<ssize_t>(sizeof info)) {
+            by_terminal_ = info.ssi_code == SI_KERNEL;
             co_return static_cast<int>(info.ssi_signo);
         }
         CancellableIo io(io_poll(fd_.get(), POLLIN));

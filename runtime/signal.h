@@ -22,6 +22,8 @@ class SignalWaiter {
     SignalWaiter(SignalWaiter&&) noexcept = default;
     /// The number of the next signal (SIGTERM, SIGINT, SIGHUP); 0 after cancel().
     Task<int> next();
+    /// The last one came from the kernel, as Ctrl-C does: every process of the terminal's foreground job got it.
+    bool by_terminal() const { return by_terminal_; }
     /// Ends the wait, and every later one.
     void cancel();
 
@@ -30,6 +32,7 @@ class SignalWaiter {
     UniqueFd fd_;
     CancellableIo* waiting_ = nullptr;
     bool cancelled_ = false;
+    bool by_terminal_ = false;
 };
 
 }  // namespace gantry
