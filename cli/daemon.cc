@@ -13,7 +13,6 @@
 #include "block/jobs/job.h"
 #include "block/last_requests.h"
 #include "block/repeated_cancel.h"
-#include "cli/mapping_logs.h"
 #include "cli/qmp_client.h"
 #include "cli/registry.h"
 #include "qmp/command.h"
@@ -56,6 +55,9 @@ Daemon::Daemon(DaemonSettings settings, std::unique_ptr<Runtime> runtime)
       take_signal_(std::move(settings.take_signal)),
       notifier_(std::move(settings.notifier)),
       sockets_(std::move(settings.sockets)),
+      fd_store_(notifier_, sockets_, settings.fd_store),
+      keeper_(fd_store_),
+      mapping_logs_(keeper_),
       events_(monitors_),
       graph_(*runtime_, drivers(), &events_),
       exports_(*runtime_, graph_, export_types(),
@@ -75,6 +77,10 @@ Daemon::Daemon(DaemonSettings settings, std::unique_ptr<Runtime> runtime)
                 [this](std::string_view name) { return resolve_fd(name); }},
       watchdog_(*runtime_, notifier_) {
     monitors_.set_services(&services_);
+    exports_.set_keeper(&keeper_);
+    if (keeper_.active()) {
+        graph_.mapping_log_source = [this](const std::string& node_name) { return mapping_logs_.open(node_name); };
+    }
     graph_.descriptor_source = [this](std::string_view name) { return find_descriptor(name); };
     // Who connects during the start-up finds everything that the command line asks for, or nobody.
     nbd_servers_.hold_clients();
@@ -286,6 +292,7 @@ Task<void> Daemon::end_task() {
     co_await nbd_servers_.stop_all();
     co_await cancel.over();
     co_await graph_.close_all();
+    mapping_logs_.drop_empty();
     co_await monitors_.stop();
     objects_.clear();
     quit_.set();

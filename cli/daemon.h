@@ -7,7 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "cli/mapping_logs.h"
 #include "cli/options.h"
+#include "cli/store_keeper.h"
 #include "qmp/events.h"
 #include "qmp/monitor.h"
 #include "qmp/objects.h"
@@ -16,6 +18,7 @@
 #include "runtime/signal.h"
 #include "runtime/timer.h"
 #include "systemd/activation.h"
+#include "systemd/fd_store.h"
 #include "systemd/notify.h"
 #include "systemd/watchdog.h"
 
@@ -30,6 +33,8 @@ struct DaemonSettings {
     /// Asked about each signal (SIGTERM, SIGINT, SIGHUP; `by_terminal`: the whole foreground job has got it): true keeps
     /// it from ending the daemon. Main loop.
     std::function<bool(int number, bool by_terminal)> take_signal;
+    systemd::FdStore::Use fd_store = systemd::FdStore::Use::kAuto;
+    bool hand_over = false;  // SIGTERM leaves mounts to the next process
 };
 
 /// One per CPU this process may use, at most 4.
@@ -81,6 +86,9 @@ class Daemon {
     std::function<bool(int, bool)> take_signal_;
     systemd::Notifier notifier_;
     systemd::ActivationSockets sockets_;
+    systemd::FdStore fd_store_;
+    StoreKeeper keeper_;
+    KeptMappingLogs mapping_logs_;
     qmp::Monitors monitors_;
     qmp::Events events_;
     block::Graph graph_;

@@ -10,6 +10,7 @@
 #include "cli/daemonize.h"
 #include "cli/pid_file.h"
 #include "cli/registry.h"
+#include "fuse/mount.h"
 #include "runtime/log.h"
 #include "schema/help.h"
 #include "schema/keyval.h"
@@ -33,6 +34,10 @@ constexpr OptionSpec kOptions[] = {
     {"mapping-logs", 0, true, "DIRECTORY",
      "keep what written images have acknowledged but not stored in memory files here (on tmpfs), so that a killed "
      "daemon's successor loses nothing"},
+    {"fd-store", 0, true, "auto|on|off",
+     "let the service manager keep what a killed or restarted daemon's successor needs to serve on (default: auto: "
+     "when "
+     "the manager says that it can)"},
     {"daemonize", 0, false, "", "go to the background when everything is up"},
     {"pidfile", 0, true, "PATH", "write the process id to a locked file"},
     {"io-backend", 0, true, "auto|io_uring|epoll", "how to do I/O (default: auto)"},
@@ -98,6 +103,14 @@ Result<unsigned> parse_loops(const std::string& text) {
     return static_cast<unsigned>(std::stoul(text));
 }
 
+Result<systemd::FdStore::Use> parse_fd_store(std::string_view text) {
+    using Use = systemd::FdStore::Use;
+    if (text == "auto") return Use::kAuto;
+    if (text == "on") return Use::kOn;
+    if (text == "off") return Use::kOff;
+    return fail(ErrorKind::kInvalid, "'{}' is no use of a descriptor store; use auto, on or off", text);
+}
+
 /// --trace: checked like the reference's, though there is nothing to trace.
 Result<> check_trace(const std::string& value) {
     TRY(schema::OptionValue parsed, schema::parse_option_value(value, "enable", schema::KeyvalStyle::kFlat));
@@ -120,6 +133,8 @@ Result<bool> apply_setting(const OptionUse& option, DaemonSettings& settings) {
     } else if (option.name == "log-level") {
         TRY(log::Level level, parse_level(option.value));
         log::set_level(level);
+    } else if (option.name == "fd-store") {
+        TRY(settings.fd_store, parse_fd_store(option.value));
     } else if (option.name == "trace") {
         CHECK_OK(check_trace(option.value));
     } else {
@@ -171,6 +186,11 @@ int run(int argc, char** argv) {
     }
     settings.notifier = systemd::Notifier::from_environment();
     settings.sockets = systemd::ActivationSockets::from_environment();
+    // An image may lie below what an earlier export has left there.
+    const bool mounts = std::ranges::any_of(*options, [](const OptionUse& option) {
+        return option.name == "export" && option.value.find("fuse") != std::string::npos;
+    });
+    if (mounts) fuse::clean_stale_mounts();
     auto daemon = Daemon::create(std::move(settings));
     if (!daemon) return usage_error(program, daemon.error());
 

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include <functional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -12,18 +12,24 @@
 
 namespace gantry::exports {
 
-/// Main loop only. Names: letters, digits, '-', '_', '.'; at most 200 bytes.
+/// Main loop only. Names: letters, digits, '-', '_', '.', '#'; at most 200 bytes.
 class Keeper {
   public:
     virtual ~Keeper() = default;
     /// Whether anybody holds what is put here.
     virtual bool active() const = 0;
-    /// Held under `name` from now on, besides what is held under it already. The caller's descriptor stays its own.
-    virtual Result<> put(std::string_view name, int fd) = 0;
+    /// Why nobody does, for people.
+    virtual std::string why_inactive() const = 0;
+    /// Held under `name` from now on, all or none, besides what is held under it already. The caller's descriptors stay
+    /// its own.
+    virtual Result<> put(std::string_view name, std::span<const int> fds) = 0;
     /// Nothing is held under `name` any more.
     virtual void drop(std::string_view name) = 0;
-    /// What the process before this one has put under `name`, in its order; each is handed out once, and held still.
+    /// What the process before this one has put under `name`, in no certain order; each is handed out once, and held
+    /// still.
     virtual std::vector<UniqueFd> take(std::string_view name) = 0;
+    /// The names of what the process before this one has put and nobody has taken yet.
+    virtual std::vector<std::string> waiting() const = 0;
 };
 
 }  // namespace gantry::exports

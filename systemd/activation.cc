@@ -8,6 +8,7 @@
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "runtime/log.h"
 
@@ -72,8 +73,8 @@ ActivationSockets ActivationSockets::from_environment() {
             (void)fd.release();
             continue;
         }
-        if (std::string_view why = why_not_listening(fd.get()); !why.empty()) {
-            log::warn("socket activation: descriptor {} ('{}') is {}, closing it", kFirstFd + i, name, why);
+        if (!why_not_listening(fd.get()).empty()) {
+            result.others_.push_back({std::move(name), std::move(fd)});
             continue;
         }
         ::fcntl(fd.get(), F_SETFL, ::fcntl(fd.get(), F_GETFL) | O_NONBLOCK);
@@ -82,8 +83,21 @@ ActivationSockets ActivationSockets::from_environment() {
     return result;
 }
 
+std::vector<ActivationSockets::Passed> ActivationSockets::take_others(bool (*ours)(std::string_view name)) {
+    std::vector<Passed> taken;
+    for (Passed& other : std::exchange(others_, {})) {
+        if (ours(other.name)) {
+            taken.push_back(std::move(other));
+        } else {
+            log::warn("socket activation: descriptor {} ('{}') is {}, closing it", other.fd.get(), other.name,
+                      why_not_listening(other.fd.get()));
+        }
+    }
+    return taken;
+}
+
 Result<UniqueFd> ActivationSockets::duplicate(std::string_view name) const {
-    for (const Socket& s : sockets_) {
+    for (const Passed& s : sockets_) {
         if (s.name != name) continue;
         UniqueFd copy(::fcntl(s.fd.get(), F_DUPFD_CLOEXEC, kFirstFd));
         if (!copy) return fail_errno(errno, "Duplicating the passed socket '{}'", name);
@@ -99,12 +113,12 @@ Result<UniqueFd> ActivationSockets::duplicate(std::string_view name) const {
 
 std::vector<std::string> ActivationSockets::names() const {
     std::vector<std::string> out;
-    for (const Socket& s : sockets_) out.push_back(s.name);
+    for (const Passed& s : sockets_) out.push_back(s.name);
     return out;
 }
 
 bool ActivationSockets::has(std::string_view name) const {
-    for (const Socket& s : sockets_) {
+    for (const Passed& s : sockets_) {
         if (s.name == name) return true;
     }
     return false;

@@ -1,4 +1,5 @@
-// Socket activation (sd_listen_fds(3)): listening sockets the service manager opened for us, by name.
+// Descriptors the service manager passes at the start (sd_listen_fds(3)), by name: listening sockets, and what a
+// process before this one has left in the descriptor store.
 
 #pragma once
 
@@ -15,8 +16,7 @@ namespace gantry::systemd {
 class ActivationSockets {
   public:
     /// Takes the descriptors announced by LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES, marks them close-on-exec, and
-    /// removes the variables. What is no listening stream socket is logged and closed. Empty when nothing was passed to
-    /// this process.
+    /// removes the variables. Empty when nothing was passed to this process.
     static ActivationSockets from_environment();
     ActivationSockets() = default;
 
@@ -25,12 +25,17 @@ class ActivationSockets {
     std::vector<std::string> names() const;
     bool has(std::string_view name) const;
 
-  private:
-    struct Socket {
+    struct Passed {
         std::string name;
         UniqueFd fd;
     };
-    std::vector<Socket> sockets_;
+    /// What is no listening stream socket and has a name that `ours` accepts, in the order it came. Everything else of
+    /// that kind is logged and closed.
+    std::vector<Passed> take_others(bool (*ours)(std::string_view name));
+
+  private:
+    std::vector<Passed> sockets_;
+    std::vector<Passed> others_;
 };
 
 }  // namespace gantry::systemd

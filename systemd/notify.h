@@ -4,9 +4,11 @@
 #pragma once
 
 #include <chrono>
+#include <span>
 #include <string>
 #include <string_view>
 
+#include "runtime/error.h"
 #include "runtime/loop.h"
 #include "runtime/task.h"
 
@@ -30,6 +32,10 @@ class Notifier {
     void error(int errno_value);
     /// Sends lines as they are ("KEY=value\n...").
     bool send(std::string_view message);
+    /// The same with descriptors, which stay ours. What is said here must not be lost: waits a few seconds for a
+    /// manager that does not read. Errors: kUnsupported without a manager, kTooLarge for more than kMaxFds, errno.
+    Result<> send_descriptors(std::string_view message, std::span<const int> fds);
+    static constexpr size_t kMaxFds = 253;  // of one message (SCM_MAX_FD)
 
     /// Zero: the manager does not watch us. Otherwise a sign of life is due at least every interval.
     std::chrono::microseconds watchdog_interval() const { return watchdog_; }

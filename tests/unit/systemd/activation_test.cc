@@ -38,6 +38,7 @@ std::string take(std::vector<int> fds, std::string count, std::string names, boo
         ::setenv("LISTEN_FDS", count.c_str(), 1);
         ::setenv("LISTEN_FDNAMES", names.c_str(), 1);
         auto sockets = ActivationSockets::from_environment();
+        if (!sockets.take_others([](std::string_view) { return false; }).empty()) return std::string("others");
         std::string out = fmt::format("{}", fmt::join(sockets.names(), ","));
         for (const char* name : {"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"}) {
             if (::getenv(name)) out += fmt::format(" {} is still set", name);

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "runtime/unique_fd.h"
 #include "tests/support/temp_dir.h"
@@ -37,6 +38,30 @@ class FakeManager {
         if (::poll(&wait, 1, timeout_ms) != 1) return {};
         char buffer[4096];
         const ssize_t n = ::recv(fd_.get(), buffer, sizeof buffer, 0);
+        return std::string(buffer, n > 0 ? static_cast<size_t>(n) : 0);
+    }
+
+    /// The same, with the descriptors that came along.
+    std::string receive(std::vector<UniqueFd>& fds, int timeout_ms = 10000) {
+        pollfd wait{fd_.get(), POLLIN, 0};
+        if (::poll(&wait, 1, timeout_ms) != 1) return {};
+        char buffer[4096];
+        iovec part{buffer, sizeof buffer};
+        alignas(cmsghdr) char control[CMSG_SPACE(253 * sizeof(int))];
+        msghdr message{};
+        message.msg_iov = &part;
+        message.msg_iovlen = 1;
+        message.msg_control = control;
+        message.msg_controllen = sizeof control;
+        const ssize_t n = ::recvmsg(fd_.get(), &message, MSG_CMSG_CLOEXEC);
+        for (cmsghdr* c = CMSG_FIRSTHDR(&message); n >= 0 && c; c = CMSG_NXTHDR(&message, c)) {
+            const size_t count = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+            for (size_t i = 0; i < count; i++) {
+                int fd;
+                std::memcpy(&fd, CMSG_DATA(c) + i * sizeof fd, sizeof fd);
+                fds.emplace_back(fd);
+            }
+        }
         return std::string(buffer, n > 0 ? static_cast<size_t>(n) : 0);
     }
 
