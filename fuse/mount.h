@@ -28,8 +28,9 @@ struct MountRequest {
 class Mount {
   public:
     /// Checks the mount point and mounts: by mount(2) where this process may, else by fusermount3. The kernel's INIT
-    /// waits in fd() then. The first call of a process also has clean_stale_mounts() done, beside it. Errors: kNotFound, kInvalid (no regular file), kExists (it is an export of this process),
-    /// kPermission with what is missing.
+    /// waits in fd() then. The first call of a process also has clean_stale_mounts() done, beside it. Errors:
+    /// kNotFound, kInvalid (no regular file), kExists (it is an export of this process), kPermission with what is
+    /// missing.
     static Task<Result<std::unique_ptr<Mount>>> create(MountRequest request);
     /// The mount of a process before this one: what save() told, and its descriptor. kInvalid when it is not mounted
     /// any more.
@@ -76,7 +77,7 @@ class Mount {
 };
 
 /// Unmounts what daemons that are gone have left behind: mounts of ours that answer "not connected". Those of living
-/// daemons are left alone, also when they do not answer within a second. Blocks (it waits for each); how many there
+/// daemons are left alone, also when they do not answer within half a second. Blocks for that long; how many there
 /// were.
 size_t clean_stale_mounts();
 

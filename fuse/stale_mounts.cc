@@ -9,7 +9,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <vector>
 
 #include "fuse/mount.h"
 #include "fuse/mount_helper.h"
@@ -21,6 +23,7 @@ namespace gantry::fuse {
 
 namespace {
 
+constexpr size_t kMostQuestions = 64;  // at a time
 constexpr int kChildAnswers = 0, kChildGone = 1, kChildFailed = 2;
 
 /// In the child, alone with what fork() has left of the process: system calls only. It keeps no descriptor but the
@@ -40,6 +43,52 @@ constexpr int kChildAnswers = 0, kChildGone = 1, kChildFailed = 2;
     ::_exit(r == 0 ? kChildAnswers : errno == ENOTCONN || errno == ECONNREFUSED ? kChildGone : kChildFailed);
 }
 
+/// One mount's server, asked from the constructor on.
+class Question {
+  public:
+    explicit Question(const MountEntry& mount) : mount_(mount) {
+        UniqueFd fd(::open(mount.path.c_str(), O_PATH | O_NOFOLLOW | O_CLOEXEC));
+        int ends[2];
+        if (!fd || ::pipe2(ends, O_CLOEXEC) != 0) return;
+        ended_.reset(ends[0]);
+        const UniqueFd writing(ends[1]);
+        const auto place = place_of(fd.get());
+        if (!place || place->device != mount.device) return;
+        const uint64_t uid = option_number(mount.options, "user_id", 0);
+        const uint64_t gid = option_number(mount.options, "group_id", 0);
+        const int mount_fd = fd.get(), pipe_fd = writing.get();
+        child_ = ::fork();
+        if (child_ == 0) ask_server(mount_fd, pipe_fd, uid, gid);
+    }
+    const MountEntry& mount() const { return mount_; }
+
+    /// What cannot be found out counts as an answer: it is no reason to unmount anything.
+    ServerState answer(std::chrono::steady_clock::time_point deadline) {
+        if (child_ < 0) return ServerState::kAnswers;
+        pollfd ended{ended_.get(), POLLIN, 0};
+        int ready;
+        do {
+            const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
+            ready = ::poll(&ended, 1, static_cast<int>(std::max<int64_t>(0, left.count())));
+        } while (ready < 0 && errno == EINTR);
+        int status = 0;
+        if (ready == 0) {
+            // It ends when the server answers or goes.
+            ::kill(child_, SIGKILL);
+            ::waitpid(child_, &status, WNOHANG);
+            return ServerState::kSilent;
+        }
+        while (::waitpid(child_, &status, 0) < 0 && errno == EINTR) {
+        }
+        return WIFEXITED(status) && WEXITSTATUS(status) == kChildGone ? ServerState::kGone : ServerState::kAnswers;
+    }
+
+  private:
+    const MountEntry& mount_;
+    pid_t child_ = -1;
+    UniqueFd ended_;
+};
+
 bool is_ours_to_clean(const MountEntry& mount) {
     return mount.type == kFilesystemType &&
            (::geteuid() == 0 || option_number(mount.options, "user_id", ~uint64_t{0}) == ::geteuid());
@@ -53,35 +102,8 @@ bool is_on_top(const MountEntry& mount) {
 }
 
 ServerState probe(const MountEntry& mount, std::chrono::milliseconds patience) {
-    // Whatever cannot be found out is no reason to unmount anything.
-    UniqueFd fd(::open(mount.path.c_str(), O_PATH | O_NOFOLLOW | O_CLOEXEC));
-    int ends[2];
-    if (!fd || ::pipe2(ends, O_CLOEXEC) != 0) return ServerState::kAnswers;
-    const UniqueFd reading(ends[0]);
-    UniqueFd writing(ends[1]);
-    const auto place = place_of(fd.get());
-    if (!place || place->device != mount.device) return ServerState::kAnswers;
-    const uint64_t uid = option_number(mount.options, "user_id", 0), gid = option_number(mount.options, "group_id", 0);
-    const int mount_fd = fd.get(), pipe_fd = writing.get();
-    const pid_t child = ::fork();
-    if (child < 0) return ServerState::kAnswers;
-    if (child == 0) ask_server(mount_fd, pipe_fd, uid, gid);
-    writing.reset();
-    pollfd ended{reading.get(), POLLIN, 0};
-    int ready;
-    do {
-        ready = ::poll(&ended, 1, static_cast<int>(patience.count()));
-    } while (ready < 0 && errno == EINTR);
-    int status = 0;
-    if (ready == 0) {
-        // It ends when the server answers or goes.
-        ::kill(child, SIGKILL);
-        ::waitpid(child, &status, WNOHANG);
-        return ServerState::kSilent;
-    }
-    while (::waitpid(child, &status, 0) < 0 && errno == EINTR) {
-    }
-    return WIFEXITED(status) && WEXITSTATUS(status) == kChildGone ? ServerState::kGone : ServerState::kAnswers;
+    Question question(mount);
+    return question.answer(std::chrono::steady_clock::now() + patience);
 }
 
 Result<> unmount_entry(const MountEntry& mount, bool lazy) {
@@ -103,15 +125,23 @@ size_t clean_stale_mounts() {
     size_t cleaned = 0;
     // What lay below a mount comes up when that is gone: more than one round.
     for (int round = 0; round < 16; ++round) {
-        const auto mounts = read_mountinfo();
-        size_t now = 0;
-        for (const MountEntry& mount : mounts ? *mounts : std::vector<MountEntry>()) {
+        const std::vector<MountEntry> mounts = read_mountinfo().value_or(std::vector<MountEntry>());
+        std::vector<Question> questions;
+        for (const MountEntry& mount : mounts) {
+            if (questions.size() >= kMostQuestions) break;
             if (!is_ours_to_clean(mount) || OwnMounts::process().server_of(mount.device) || !is_on_top(mount)) continue;
-            if (probe(mount) != ServerState::kGone) continue;
-            const Result<> gone = unmount_entry(mount, true);
+            questions.emplace_back(mount);
+        }
+        // The kernel answers at once for those who are gone.
+        const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(500);
+        size_t now = 0;
+        for (Question& question : questions) {
+            if (question.answer(deadline) != ServerState::kGone) continue;
+            const std::string& path = question.mount().path;
+            const Result<> gone = unmount_entry(question.mount(), true);
             if (gone) {
                 ++now;
-                log::info("unmounted '{}', which a daemon that is gone has left behind", mount.path);
+                log::info("unmounted '{}', which a daemon that is gone has left behind", path);
             } else {
                 log::warn("a mount that is left of a daemon that is gone stays: {}", gone.error().message());
             }
