@@ -7,9 +7,11 @@
 namespace gantry::cli {
 
 int image_command(std::span<const char* const> arguments);
+int mount_command(std::span<const char* const> arguments);
 int serve_command(std::span<const char* const> arguments);
 int status_command(std::span<const char* const> arguments);
 int tls_command(std::span<const char* const> arguments);
+int umount_command(std::span<const char* const> arguments);
 int qmp_command(std::span<const char* const> arguments);
 
 }  // namespace gantry::cli

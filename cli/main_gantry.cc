@@ -15,6 +15,8 @@ struct Subcommand {
 
 constexpr Subcommand kSubcommands[] = {
     {"serve", gantry::cli::serve_command, "serve an image over NBD until interrupted"},
+    {"mount", gantry::cli::mount_command, "show an image as a raw file"},
+    {"umount", gantry::cli::umount_command, "end that"},
     {"image", gantry::cli::image_command, "make, check and change images"},
     {"status", gantry::cli::status_command, "show what the running daemons export"},
     {"tls", gantry::cli::tls_command, "make certificates or keys for TLS"},

@@ -8,6 +8,7 @@
 
 #include "cli/commands.h"
 #include "cli/daemon.h"
+#include "cli/opened_image.h"
 #include "cli/qmp_client.h"
 #include "runtime/log.h"
 #include "schema/json_dialect.h"
@@ -142,40 +143,10 @@ Result<std::vector<Listen>> listen_addresses(const ServeOptions& options) {
     return all;
 }
 
-/// The driver of the image: as said, or probed. A probed raw image is never writable: a guest could turn it into
-/// another format.
-Result<std::string> find_format(Daemon& daemon, const ServeOptions& options) {
-    if (!options.format.empty()) return options.format;
-    block::Graph& graph = daemon.services().graph;
-    TRY(std::string format, daemon.runtime().main_loop().run_until_complete(graph.probe(*graph.find("file"))));
-    if (format == "raw" && options.write) {
-        return fail(ErrorKind::kInvalid,
-                    "'{}' shows no known format, and a probed raw image is never served for writing; say --format raw "
-                    "if that is what it is",
-                    options.image);
-    }
-    return format;
-}
-
 /// The URIs of the export.
 Result<std::vector<std::string>> set_up(Daemon& daemon, const ServeOptions& options) {
-    struct stat st{};
-    if (::stat(options.image.c_str(), &st) != 0) return fail_errno(errno, "Could not open '{}'", options.image);
-    std::string_view leaf = S_ISBLK(st.st_mode) ? "host_device" : "file";
-    // auto-read-only: the file is opened for writing only when the export asks for it.
-    TRY(auto file, daemon.execute("blockdev-add", {{"driver", leaf},
-                                                   {"node-name", "file"},
-                                                   {"filename", options.image},
-                                                   {"read-only", !options.write},
-                                                   {"discard", "unmap"}}));
-    TRY(std::string format, find_format(daemon, options));
-    json::object disk{{"driver", format},
-                      {"node-name", "disk"},
-                      {"file", "file"},
-                      {"read-only", !options.write},
-                      {"discard", "unmap"}};
-    if (!options.snapshot.empty()) disk["snapshot"] = options.snapshot;
-    TRY(auto added, daemon.execute("blockdev-add", std::move(disk)));
+    TRY(const std::string node,
+        open_image(daemon, {options.image, options.format, options.snapshot, options.write, {}}));
     TRY(const std::vector<Listen> listens, listen_addresses(options));
     json::array addresses;
     for (const Listen& listen : listens) addresses.push_back(listen.address);
@@ -190,11 +161,11 @@ Result<std::vector<std::string>> set_up(Daemon& daemon, const ServeOptions& opti
     }
     TRY(auto started, daemon.execute("nbd-server-start", std::move(server)));
     json::object e{
-        {"type", "nbd"}, {"id", "disk"}, {"node-name", "disk"}, {"name", options.name}, {"writable", options.write}};
+        {"type", "nbd"}, {"id", "disk"}, {"node-name", node}, {"name", options.name}, {"writable", options.write}};
     if (!options.description.empty()) e["description"] = options.description;
     TRY(auto exported, daemon.execute("block-export-add", std::move(e)));
     CHECK_OK(daemon.apply({"control-socket", "auto"}));
-    (void)file, (void)added, (void)started, (void)exported;
+    (void)started, (void)exported;
     std::vector<std::string> uris;
     for (const Listen& listen : listens) {
         uris.push_back(listen.uri_prefix + uri_escape(options.name) + listen.uri_suffix +
