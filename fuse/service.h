@@ -26,10 +26,10 @@ struct ServiceOptions {
     uint32_t uid = 0, gid = 0;    // who owns the file
     /// Makes the node `size` bytes long; only called on the main loop. `grow_only`: nothing happens when it is as
     /// large.
-    std::function<Task<Result<>>(uint64_t size, bool grow_only)> resize;
+    std::function<Task<Result<>>(uint64_t size, bool grow_only)> resize = {};
     /// Bytes that the image takes up, for st_blocks (allocated_bytes() below); nullopt: unknown. Only called on the
     /// main loop, at most every few milliseconds. Empty: always unknown.
-    std::function<Task<std::optional<uint64_t>>()> allocated;
+    std::function<Task<std::optional<uint64_t>>()> allocated = {};
 };
 
 /// What the storage of `node` takes up. Main loop; takes no lock of the graph.

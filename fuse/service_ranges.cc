@@ -19,7 +19,7 @@ namespace {
 using block::WriteFlags;
 
 /// Zeroed in one step; between two the call can be interrupted.
-constexpr uint64_t kZeroStep = uint64_t{1} << 30;
+constexpr uint64_t kZeroStep = 256 << 20;
 /// Parts of the node looked at in one step.
 constexpr size_t kStatusStep = 64;
 /// Where a node makes no hole of an odd range, its ends are written up to such bounds. Clusters are no larger.
