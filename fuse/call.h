@@ -21,6 +21,8 @@ struct Call {
     uint8_t* room = nullptr;
     uint32_t room_size = 0;
     uint32_t data_size = 0;
+    /// Others have come with it, or are under way: what takes long is better done beside them.
+    bool among_others = false;
 
     // The answer.
     int32_t error = 0;        // 0 or -errno

@@ -24,7 +24,7 @@ constexpr size_t kMaxSlots = 256;
 constexpr size_t kKeptSlots = 32;
 /// What a queue does without letting its loop reap.
 constexpr uint32_t kTurnRequests = 64;
-/// A queue with so much to do without a pause calls another one; a large request counts as several.
+/// A queue with so much to do without a pause calls another one; a large read counts as several.
 constexpr uint32_t kHandsFull = 16;
 constexpr uint32_t kBytesThatCountAsOne = 64 << 10;
 /// A queue that was called and wakes up so often for nothing, or for a single request, is not needed.
@@ -85,7 +85,7 @@ Task<QueueEnd> ClassicQueue::run() {
             if (worth_staying()) co_await wait_for_request();
             continue;
         }
-        if (in_a_row_ >= kHandsFull * (calls_made_ + 1)) {
+        if (load_ >= kHandsFull * (calls_made_ + 1)) {
             ++calls_made_;
             siblings_.call_another();
         }
@@ -127,9 +127,12 @@ ClassicQueue::Step ClassicQueue::step() {
     }
     if (!accept(*slot, static_cast<size_t>(n))) return Step::kEnd;
     Call& call = slot->call;
+    if (lone_.came_meanwhile() && in_a_row_ == 1) note_pause();
     last_pid_ = call.header.pid;
-    in_a_row_ += 1 + std::max(call.data_size, call.reply_size) / kBytesThatCountAsOne;
+    ++in_a_row_;
+    call.among_others = !lone_.likely();
     if (call.error != 0 || service_.try_answer(call, channel_)) {
+        load_ += 1 + call.reply_size / kBytesThatCountAsOne;
         reply(*slot);
         give_back(slot);
     } else {
@@ -200,17 +203,22 @@ void ClassicQueue::reply(Slot& slot) {
     }
 }
 
-/// Nothing is there to be read: how it went since the last time, and whether this queue is needed.
-bool ClassicQueue::worth_staying() {
+/// So many requests came without a pause.
+uint32_t ClassicQueue::note_pause() {
     const uint32_t done = std::exchange(in_a_row_, 0);
-    calls_made_ = 0;
-    vain_ = done == 0 ? vain_ + 1 : 0;
+    calls_made_ = load_ = 0;
     lone_wakes_ = done == 1 && out_ <= 1 ? lone_wakes_ + 1 : 0;
     if (done == 1 && out_ <= 1) {
         lone_.one(last_pid_);
     } else if (done > 1) {
         lone_.several();
     }
+    return done;
+}
+
+/// Nothing is there to be read: whether this queue is needed.
+bool ClassicQueue::worth_staying() {
+    vain_ = note_pause() == 0 ? vain_ + 1 : 0;
     if (index_ == 0 || (vain_ < kVainWakes && lone_wakes_ < kLoneWakes)) return true;
     vain_ = lone_wakes_ = 0;
     lone_.several();

@@ -52,6 +52,7 @@ class ClassicQueue {
     void reply(Slot& slot);
     Task<void> wait_for_request();
     Task<void> wait_for_call();
+    uint32_t note_pause();
     bool worth_staying();
     Slot* take_slot();
     void give_back(Slot* slot);
@@ -73,6 +74,7 @@ class ClassicQueue {
     bool stopping_ = false;
     QueueEnd end_ = QueueEnd::kStopped;
     uint32_t in_a_row_ = 0;    // requests without a pause
+    uint32_t load_ = 0;        // what they cost, counted in small ones
     uint32_t calls_made_ = 0;  // in this row
     uint32_t vain_ = 0;        // wake-ups in a row that found nothing
     uint32_t last_pid_ = 0;    // who sent the last one

@@ -1,3 +1,5 @@
+#include <sys/resource.h>
+
 #include <algorithm>
 #include <chrono>
 
@@ -30,6 +32,14 @@ void LoneClient::look(uint32_t pid) {
     turns_at_look_ = loop_.turns();
     next_look_ = kLookAgain;
     streak_ = kFew;
+}
+
+bool LoneClient::came_meanwhile() {
+    if (!following_) return false;
+    // Woken by the reply, the client runs before this thread goes on, if the scheduler wants it so.
+    rusage usage{};
+    (void)::getrusage(RUSAGE_THREAD, &usage);
+    return std::exchange(preemptions_, usage.ru_nivcsw) != usage.ru_nivcsw;
 }
 
 void LoneClient::several() {

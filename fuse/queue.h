@@ -49,6 +49,9 @@ class LoneClient {
     void one(uint32_t pid);
     /// There was more to do at once.
     void several();
+    /// To be asked for each request. Of one that was there at once while its CPU is followed: whether this thread had
+    /// to let somebody else run since the request before, who may well have been the client.
+    bool came_meanwhile();
     /// Several in a row came one by one.
     bool likely() const { return streak_ >= kFew; }
     bool followed() const { return following_; }
@@ -63,6 +66,7 @@ class LoneClient {
     uint32_t next_look_ = 64;
     uint32_t patience_ = 64;  // requests before the next attempt; grows when it did not last
     uint64_t turns_at_look_ = 0;
+    int64_t preemptions_ = 0;
 };
 
 }  // namespace gantry::fuse

@@ -137,6 +137,7 @@ Task<void> RingQueue::answer(Entry* entry) {
     const CallFault fault = check_call(call, sizeof(InHeader) + call.args.size() + given);
     const bool lone = busy_ == 1 && loop_.turns() != last_turn_;
     last_turn_ = loop_.turns();
+    call.among_others = !lone;
     if (stopping_) {
         call.fail(ENOTCONN);
     } else if (fault != CallFault::kNone) {

@@ -17,6 +17,9 @@ constexpr uint32_t kWriteCache = 1;
 /// time.
 constexpr int kAttempts = 16;
 
+/// Smaller writes are done before another thread would have begun with them.
+constexpr uint32_t kOverlapMin = 128 << 10;
+
 /// How much of [offset, offset + length) lies before `size`.
 uint32_t clipped(uint64_t size, uint64_t offset, uint32_t length) {
     return offset >= size ? 0 : static_cast<uint32_t>(std::min<uint64_t>(length, size - offset));
@@ -70,6 +73,8 @@ bool FileService::try_write(Call& call, block::Channel& channel) {
     }
     if (in.size != 0) {
         if (in.offset + in.size > channel.size()) return false;
+        // While one is copied to the page cache the next can be fetched.
+        if (call.among_others && in.size > kOverlapMin) return false;
         const iovec one{call.room, in.size};
         if (channel.try_write(in.offset, IoVec(one), block::WriteFlags::kNone) != 0) return false;
         written();
