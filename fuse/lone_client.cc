@@ -21,7 +21,7 @@ constexpr std::chrono::nanoseconds kNextRequest{20'000};
 
 void LoneClient::one(uint32_t pid) {
     if (++streak_ >= next_look_) look(pid);
-    if (!following_ && likely()) loop_.expect_soon(kNextRequest);
+    if (!loop_.following() && likely()) loop_.expect_soon(kNextRequest);
 }
 
 void LoneClient::look(uint32_t pid) {
@@ -35,7 +35,7 @@ void LoneClient::look(uint32_t pid) {
 }
 
 bool LoneClient::came_meanwhile() {
-    if (!following_) return false;
+    if (!following_ || !loop_.following()) return false;
     // Woken by the reply, the client runs before this thread goes on, if the scheduler wants it so.
     rusage usage{};
     (void)::getrusage(RUSAGE_THREAD, &usage);

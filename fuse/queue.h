@@ -54,7 +54,6 @@ class LoneClient {
     bool came_meanwhile();
     /// Several in a row came one by one.
     bool likely() const { return streak_ >= kFew; }
-    bool followed() const { return following_; }
 
   private:
     static constexpr uint32_t kFew = 16;

@@ -187,7 +187,8 @@ void Loop::run_while(const bool& done) {
 void Loop::turn(const bool* done) {
     Impl& in = *impl_;
     turn_time_ = Clock::now();
-    ++turns_;
+    if (++turns_ > follow_until_ && following_ >= 0) [[unlikely]]
+        unfollow();
     in.timers.expire(*this, turn_time_);
     unsigned budget = kTurnBudget;
     while (budget > 0) {
@@ -271,6 +272,7 @@ bool Loop::follow(int tid) {
         if (!keep_thread_on(cpu)) return false;
         following_ = cpu;
     }
+    follow_until_ = turns_ + kFollowTurns;
     return true;
 }
 

@@ -156,11 +156,13 @@ class Loop {
     bool has_ready() const;
     /// The loop's thread stays on the CPU that `tid`, whose requests it answers one by one, ran on last: to hand over
     /// between two CPUs costs more than such a request. False when that cannot be found out, is not allowed, or the
-    /// loop polls by its poll_max. Costs some 10 us.
+    /// loop polls by its poll_max. Costs some 10 us. Ends by itself after kFollowTurns turns, unless it is asked for
+    /// again: the client may be gone, and others be served.
     bool follow(int tid);
     /// The end of follow().
     void unfollow();
     bool following() const { return following_ >= 0; }
+    static constexpr uint64_t kFollowTurns = 16384;
 
     struct Impl;
     Impl& impl() { return *impl_; }
@@ -183,6 +185,7 @@ class Loop {
     bool is_io_uring_ = false;
     int following_ = -1;  // a CPU; own loop only, as is the rest
     uint64_t turns_ = 0;
+    uint64_t follow_until_ = 0;  // turn
     std::chrono::nanoseconds expected_within_{0};
     uint32_t vain_polls_ = 0;  // in a row, of expect_soon()
     uint32_t polls_to_skip_ = 0;

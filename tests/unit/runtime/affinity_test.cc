@@ -82,6 +82,21 @@ TEST_CASE("affinity: a loop follows a thread to its CPU, and what it starts ther
     CHECK(seen.afterwards == before);
 }
 
+TEST_CASE("affinity: following ends by itself", "[runtime][affinity]") {
+    test::TestRuntime rt;
+    const Pinned client(::sched_getcpu());
+    REQUIRE(client.tid > 0);
+    const auto turn_on = [](int tid) -> Task<int> {
+        Loop& loop = Loop::current();
+        if (!loop.follow(tid)) co_return -1;
+        const uint64_t end = loop.turns() + Loop::kFollowTurns + 2;
+        while (loop.turns() < end) co_await sleep_for(std::chrono::nanoseconds(1));
+        co_return loop.following() ? -2 : allowed_cpus();
+    };
+    const int before = allowed_cpus();
+    CHECK(rt.run_on_io(turn_on(client.tid)) == before);
+}
+
 TEST_CASE("affinity: who is not there is not followed", "[runtime][affinity]") {
     test::TestRuntime rt;
     const auto look = []() -> Task<bool> {
