@@ -89,7 +89,9 @@ Task<QueueEnd> ClassicQueue::run() {
             ++calls_made_;
             siblings_.call_another();
         }
-        if (++since_pause >= kTurnRequests) {
+        // What was done beside this loop may wait for its reply.
+        if (++since_pause >= kTurnRequests || large_) {
+            large_ = false;
             since_pause = 0;
             co_await yield_turn();
         }
@@ -136,6 +138,7 @@ ClassicQueue::Step ClassicQueue::step() {
         reply(*slot);
         give_back(slot);
     } else {
+        large_ = call.data_size > kBytesThatCountAsOne;
         scope_.spawn(answer_later(slot));
     }
     return Step::kTaken;

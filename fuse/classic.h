@@ -72,6 +72,7 @@ class ClassicQueue {
     WaitQueue returned_;
     CancellableIo* polling_ = nullptr;
     bool stopping_ = false;
+    bool large_ = false;  // the last request will take a while
     QueueEnd end_ = QueueEnd::kStopped;
     uint32_t in_a_row_ = 0;    // requests without a pause
     uint32_t load_ = 0;        // what they cost, counted in small ones
