@@ -1,0 +1,709 @@
+#!/usr/bin/python3
+"""An image as a file: what programs see of it, by every call that works on files."""
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import pathlib
+import random
+import stat
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
+import fuse_case
+import gantry_test
+from fuse_case import FuseCase, extents, fallocate, punch
+from gantry_test import IS_GANTRY, KIB, MIB, checksum, require, require_gantry, text_block, wait_for
+
+FORMATS = ("raw", "qcow2")
+SIZE = 4 * MIB
+
+
+class Attributes(FuseCase):
+    def test_stat(self):
+        for form in FORMATS:
+            for writable in (True, False):
+                with self.subTest(form=form, writable=writable):
+                    name = f"{form}{writable}"
+                    at = self.mount(form, image=self.make_image(form, SIZE, name), mountpoint=self.path("f" + name),
+                                    writable=writable)
+                    about = os.stat(at.path)
+                    self.assertTrue(stat.S_ISREG(about.st_mode))
+                    self.assertEqual(stat.S_IMODE(about.st_mode), 0o600 if writable else 0o400)
+                    self.assertEqual((about.st_nlink, about.st_size), (1, SIZE))
+                    self.assertEqual((about.st_uid, about.st_gid), (os.geteuid(), os.getegid()))
+                    if IS_GANTRY:
+                        self.assertGreaterEqual(about.st_blksize, 4096)
+                        self.assertEqual(about.st_blksize & (about.st_blksize - 1), 0)
+                    self.assertNotEqual(about.st_dev, os.stat(self.dir).st_dev)
+                    at.daemon.stop()
+                    self.assertEqual(os.stat(at.path).st_size, 0, "what it covered is there again")
+
+    def test_blocks_are_what_is_allocated(self):
+        for form in FORMATS:
+            with self.subTest(form=form):
+                at = self.mount(form, image=self.make_image(form, 16 * MIB, form, pattern=lambda n: b"x" * 65536 if n < 16 else None),
+                                mountpoint=self.path("f" + form))
+                self.assertTrue(MIB // 512 <= at.blocks() < 8 * MIB // 512, at.blocks())
+                fd = at.open()
+                os.pwrite(fd, b"y" * 4 * MIB, 8 * MIB)
+                os.fsync(fd)
+                wait_for(lambda: 5 * MIB // 512 <= at.blocks() < 12 * MIB // 512, "the blocks written to count")
+                punch(fd, 8 * MIB, 4 * MIB)
+                wait_for(lambda: at.blocks() < 4 * MIB // 512, "the blocks punched out to count no more")
+
+    def test_times_tell_of_changes(self):
+        require_gantry("the reference answers with the present at each call")
+        for form in FORMATS:
+            with self.subTest(form=form):
+                at = self.mount(form, image=self.make_image(form, SIZE, form), mountpoint=self.path("f" + form), growable=True)
+                fd = at.open()
+
+                def changes(what, *arguments):
+                    before = (at.status("%.Y"), at.status("%.Z"))
+                    wait_for(lambda: what(*arguments) is not self and at.status("%.Y") != before[0], "another mtime")
+                    self.assertGreater(float(at.status("%.Y")), float(before[0]))
+                    self.assertGreater(float(at.status("%.Z")), float(before[1]))
+
+                changes(os.pwrite, fd, b"x", 5)
+                changes(os.ftruncate, fd, 2 * MIB)
+                changes(punch, fd, 0, 65536)
+                changes(os.pwrite, fd, b"x", 3 * MIB)
+                before = at.status("%.Y %.Z")
+                os.pread(fd, 4096, 0)
+                os.lseek(fd, 0, os.SEEK_DATA)
+                os.fsync(fd)
+                os.close(at.open(os.O_RDONLY))
+                self.assertEqual(at.status("%.Y %.Z"), before, "reading changes nothing")
+
+    def test_chmod_and_chown(self):
+        at = self.mount("raw", SIZE, allow_other="on")
+        os.chmod(at.path, 0o644)
+        self.assertEqual(at.status("%a"), "644")
+        os.chmod(at.path, 0o1751)
+        self.assertEqual(at.status("%a %F"), "1751 regular file" if at.size() else "")
+        os.chown(at.path, 12, 34)
+        self.assertEqual(at.status("%u %g"), "12 34")
+        os.chown(at.path, -1, 56)
+        self.assertEqual(at.status("%u %g"), "12 56")
+
+    def test_chmod_and_chown_of_a_private_mount(self):
+        at = self.mount("raw", SIZE, allow_other="off")
+        os.chmod(at.path, 0o400)
+        os.chmod(at.path, 0o700)
+        self.assertEqual(at.status("%a"), "700")
+        for mode in (0o640, 0o604, 0o610, 0o701):
+            self.assert_errno(errno.EPERM, os.chmod, at.path, mode)
+        self.assert_errno(errno.EOPNOTSUPP, os.chown, at.path, 12, -1)
+        self.assert_errno(errno.EOPNOTSUPP, os.chown, at.path, -1, 34)
+        self.assertEqual(at.status("%a %u %g"), f"700 {os.geteuid()} {os.getegid()}")
+
+    def test_utimes(self):
+        require_gantry("the reference refuses them")
+        at = self.mount("raw", SIZE)
+        os.utime(at.path)
+        os.utime(at.path, (1, 2))
+        self.run_tool("touch", at.path)
+        source = self.raw_image("other", SIZE, text_block)
+        self.run_tool("cp", "-p", source, at.path)
+        self.assertEqual(checksum(at.path), checksum(source))
+
+    def test_read_only(self):
+        for form in FORMATS:
+            with self.subTest(form=form):
+                at = self.mount(form, image=self.make_image(form, SIZE, form, text_block), mountpoint=self.path("f" + form),
+                                writable=False)
+                if IS_GANTRY:  # the reference lets root open what nobody can write
+                    for flags in (os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC, os.O_RDWR | os.O_APPEND):
+                        self.assert_errno((errno.EACCES, errno.EROFS), os.open, at.path, flags)
+                self.assert_errno((errno.EACCES, errno.EROFS), os.truncate, at.path, 0)
+                self.assert_errno(errno.EROFS, os.chmod, at.path, 0o600)
+                fd = at.open(os.O_RDONLY)
+                self.assert_errno(errno.EBADF, os.pwrite, fd, b"x", 0)
+                self.assert_errno((errno.EBADF, errno.EACCES, errno.EROFS), punch, fd, 0, 4096)
+                with mmap.mmap(fd, 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) as view:
+                    self.assertEqual(view[:65536], text_block(0))
+                self.assertEqual(os.pread(fd, 65536, 65536), text_block(1))
+                self.assertEqual(at.size(), SIZE)
+
+    def test_statfs(self):
+        at = self.mount("raw", SIZE)
+        about = os.statvfs(at.path)
+        self.assertGreater(about.f_bsize, 0)
+        if IS_GANTRY:
+            self.assertEqual((about.f_bsize, about.f_frsize, about.f_namemax), (4096, 4096, 255))
+            self.assertEqual((about.f_blocks, about.f_bavail), (SIZE // 4096, 0))
+        self.run_tool("df", at.path)
+        self.run_tool("stat", "-f", at.path)
+
+    def test_names_stay(self):
+        at = self.mount("raw", SIZE)
+        self.assert_errno(errno.EBUSY, os.unlink, at.path)
+        self.assert_errno(errno.EBUSY, os.rename, at.path, self.path("elsewhere"))
+        pathlib.Path(self.path("other")).touch()
+        self.assert_errno(errno.EBUSY, os.rename, self.path("other"), at.path)
+        self.assert_errno(errno.EXDEV, os.link, at.path, self.path("elsewhere"))
+        self.assert_errno(errno.ENOTDIR, os.stat, at.path + "/x")
+        self.assert_errno(errno.EEXIST, os.open, at.path, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+        self.assertEqual(at.size(), SIZE)
+
+    def test_what_there_is_not(self):
+        at = self.mount("raw", SIZE)
+        fd = at.open()
+        for where in (at.path, fd):
+            self.assert_errno(errno.EOPNOTSUPP, os.getxattr, where, "user.a")
+            self.assert_errno(errno.EOPNOTSUPP, os.setxattr, where, "user.a", b"b")
+            self.assert_errno(errno.EOPNOTSUPP, os.removexattr, where, "user.a")
+            self.assert_errno(errno.EOPNOTSUPP, os.listxattr, where)
+        for request in (0x80081272, 0x1268, 0x5413):  # BLKGETSIZE64, BLKSSZGET, TIOCGWINSZ
+            self.assert_errno(errno.ENOTTY, fcntl.ioctl, fd, request, bytes(8))
+
+    def test_locks(self):
+        at = self.mount("raw", SIZE)
+        one, two = at.open(), at.open()
+        fcntl.flock(one, fcntl.LOCK_EX)
+        self.assert_errno(errno.EWOULDBLOCK, fcntl.flock, two, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(one, fcntl.LOCK_UN)
+        fcntl.flock(two, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.lockf(one, fcntl.LOCK_EX, 100, 0)
+        script = "import fcntl, os, sys; fcntl.lockf(os.open(sys.argv[1], os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, {})"
+        self.assertIn("BlockingIOError", self.run_tool(sys.executable, "-c", script.format(99), at.path, check=False).stderr)
+        self.run_tool(sys.executable, "-c", script.format(100), at.path)
+
+
+class Contents(FuseCase):
+    """Reading and writing within a size that stays."""
+
+    def test_any_alignment(self):
+        for form in FORMATS:
+            for direct in (0, os.O_DIRECT):
+                with self.subTest(form=form, direct=bool(direct)):
+                    name = f"{form}{direct}"
+                    at = self.mount(form, image=self.make_image(form, SIZE, name), mountpoint=self.path("f" + name))
+                    fd = at.open(os.O_RDWR | direct)
+                    model, rng = bytearray(SIZE), random.Random(form)
+                    # Memory of a page of its own each: what is odd is the place in the file, and in the page.
+                    page = mmap.mmap(-1, 2 * MIB)
+                    lengths = (1, 2, 511, 512, 513, 4095, 4096, 4097, 65535, 65537, MIB, MIB + 3)
+                    for length in lengths if IS_GANTRY or not direct else lengths[:-2]:
+                        # (the reference mixes up the data of several large requests that come at a time)
+                        for offset in (0, 1, 511, 512, 4095, 65535, rng.randrange(SIZE - length), SIZE - length):
+                            begin = rng.randrange(4096)
+                            view = memoryview(page)[begin:begin + length]
+                            view[:] = data = rng.randbytes(length)
+                            self.assertEqual(os.pwrite(fd, view, offset), length)
+                            model[offset:offset + length] = data
+                            around = max(0, offset - 7)
+                            wanted = model[around:offset + length + 7]
+                            view = memoryview(page)[begin:begin + len(wanted)]
+                            self.assertEqual(os.preadv(fd, [view], around), len(wanted))
+                            self.assertEqual(view, wanted)
+                    view = None
+                    os.close(fd)
+                    at.daemon.stop()
+                    self.assertEqual(self.contents(at.image, form), bytes(model))
+                    self.check_image(at.image, form)
+
+    def test_vectors(self):
+        at = self.mount("qcow2", SIZE)
+        fd = at.open()
+        parts = [bytes([i + 1]) * length for i, length in enumerate((1, 4096, 7, 65536, 512, 300000))]
+        self.assertEqual(os.pwritev(fd, parts, 12345), sum(map(len, parts)))
+        back = [bytearray(len(part)) for part in reversed(parts)]
+        self.assertEqual(os.preadv(fd, back, 12345), sum(map(len, parts)))
+        self.assertEqual(b"".join(back), b"".join(parts))
+        many = [bytes([i % 256]) * 3 for i in range(1000)]
+        self.assertEqual(os.pwritev(fd, many, SIZE - 3000), 3000)
+        self.assertEqual(os.pread(fd, 4000, SIZE - 3000), b"".join(many))
+        os.lseek(fd, 100, os.SEEK_SET)
+        self.assertEqual(os.write(fd, b"abc"), 3)
+        self.assertEqual(os.lseek(fd, 0, os.SEEK_CUR), 103)
+        self.assertEqual(os.lseek(fd, -3, os.SEEK_END), SIZE - 3)
+
+    def test_the_end(self):
+        for form in FORMATS:
+            with self.subTest(form=form):
+                at = self.mount(form, image=self.make_image(form, SIZE, form, text_block), mountpoint=self.path("f" + form))
+                fd = at.open()
+                last = os.pread(fd, 100, SIZE - 100)
+                self.assertEqual(os.pread(fd, 4096, SIZE - 100), last)
+                self.assertEqual(os.pread(fd, 2 * MIB, SIZE - 100), last)
+                for offset in (SIZE, SIZE + 1, SIZE + 4096, 1 << 40, (1 << 63) - 4097):
+                    self.assertEqual(os.pread(fd, 4096, offset), b"")
+                # The part that fits is written.
+                self.assertEqual(os.pwrite(fd, b"z" * 300, SIZE - 100), 100)
+                self.assertEqual(os.pread(fd, 4096, SIZE - 100), b"z" * 100)
+                self.assertEqual(os.pwrite(fd, b"y" * 2 * MIB, SIZE - MIB), MIB)
+                full = errno.ENOSPC if IS_GANTRY else errno.EIO
+                for offset in (SIZE, SIZE + 1, SIZE + MIB, 1 << 40):
+                    self.assert_errno(full, os.pwrite, fd, b"x", offset)
+                append = at.open(os.O_WRONLY | os.O_APPEND)
+                self.assert_errno(full, os.write, append, b"x")
+                self.assertEqual(at.size(), SIZE)
+                self.assertEqual(os.pread(fd, SIZE, SIZE - MIB), b"y" * MIB)
+
+    def test_every_odd_size(self):
+        require_gantry("the reference wants multiples of 512")
+        for size in (1, 511, 513, 4095, 4097, 1000003):
+            with self.subTest(size=size):
+                image = self.raw_image(f"i{size}", size, text_block)
+                at = self.mount(image=image, mountpoint=self.path(f"f{size}"))
+                self.assertEqual(at.size(), size)
+                self.assertEqual(checksum(at.path), checksum(image))
+                fd = at.open()
+                self.assertEqual(os.pread(fd, 100, size), b"")
+                self.assertEqual(os.pwrite(fd, b"END+", size - 1), 1)
+                self.assert_errno(errno.ENOSPC, os.pwrite, fd, b"x", size)
+                with mmap.mmap(fd, size) as view:
+                    self.assertEqual(view[size - 1:], b"E")
+                    view[0:1] = b"B"
+                    view.flush()
+                os.close(fd)
+                at.daemon.stop()
+                self.assertEqual(os.path.getsize(image), size)
+                with open(image, "rb") as file:
+                    data = file.read()
+                self.assertEqual((data[:1], data[-1:]), (b"B" if size > 1 else b"B", b"E" if size > 1 else b"B"))
+
+    def test_o_trunc_leaves_the_size(self):
+        for form in FORMATS:
+            with self.subTest(form=form):
+                at = self.mount(form, image=self.make_image(form, SIZE, form, text_block), mountpoint=self.path("f" + form))
+                fd = at.open(os.O_RDWR | os.O_TRUNC)
+                self.assertEqual(os.fstat(fd).st_size, SIZE)
+                self.assertEqual(os.lseek(fd, 0, os.SEEK_END), SIZE)
+                self.assertEqual(os.pread(fd, 65536, 65536), text_block(1))
+                self.run_tool("sh", "-c", f"printf abc > {at.path}")
+                self.assertEqual(os.pread(fd, 7, 0), b"abc" + text_block(0)[3:7])
+                small = self.raw_image("small" + form, 100000, lambda n: b"s" * 65536)
+                self.run_tool("cp", small, at.path)
+                self.run_tool("dd", f"if={small}", f"of={at.path}", "bs=10000", "count=1")
+                self.assertEqual(at.size(), SIZE)
+                self.assertEqual(os.pread(fd, 131072, 0), b"s" * 100000 + text_block(1)[100000 - 65536:])
+
+    def test_o_trunc_on_request(self):
+        source = self.raw_image("other", 2 * MIB, text_block)
+        for form, size in (("raw", 3), ("qcow2", 512)):  # virtual disks consist of sectors
+            with self.subTest(form=form):
+                at = self.mount(form, image=self.make_image(form, SIZE, form, text_block), mountpoint=self.path("f" + form),
+                                o_trunc="honour", growable=True)
+                self.run_tool("sh", "-c", f"printf abc > {at.path}")
+                self.assertEqual(at.size(), size)
+                self.run_tool("cp", source, at.path)
+                self.assertEqual(checksum(at.path), checksum(source))
+
+    def test_tools(self):
+        """What people copy with, in and out."""
+        pattern = lambda n: random.Random(n).randbytes(65536) if n % 3 else None  # noqa: E731
+        source = self.raw_image("source", SIZE, pattern)
+        for form in FORMATS:
+            with self.subTest(form=form):
+                at = self.mount(form, image=self.make_image(form, SIZE, form), mountpoint=self.path("f" + form))
+                out = self.path("out" + form)
+                for options in (("--sparse=never",), ("--sparse=always",), ("--sparse=auto",), ("--reflink=auto",)):
+                    fd = at.open()
+                    for begin in range(0, SIZE, MIB):
+                        os.pwrite(fd, b"\xa5" * MIB, begin)
+                    os.close(fd)
+                    # What is sparse in the source cp leaves out of what it has cut; nothing is cut here.
+                    self.run_tool("cp", "--sparse=never" if options != ("--sparse=never",) else options[0], source, at.path)
+                    self.run_tool("cp", *options, at.path, out)
+                    self.assertEqual(checksum(out), checksum(source), options)
+                    os.unlink(out)
+                for into, outof in ((["bs=64k"], ["bs=64k"]), (["bs=1M", "oflag=direct"], ["bs=1M", "iflag=direct"]),
+                                    (["bs=4097"], ["bs=3M"]), (["bs=128k", "conv=notrunc,fsync"], ["bs=128k", "conv=sparse"])):
+                    fd = at.open()
+                    punch(fd, 0, SIZE)
+                    os.close(fd)
+                    self.run_tool("dd", f"if={source}", f"of={at.path}", *into)
+                    self.run_tool("dd", f"if={at.path}", f"of={out}", *outof)
+                    self.assertEqual(checksum(out), checksum(source), (into, outof))
+                    os.unlink(out)
+                self.run_tool("cmp", source, at.path)
+                self.run_tool("qemu-img", "compare", "-f", "raw", "-F", "raw", source, at.path)
+
+    def test_data_that_no_program_touches(self):
+        """sendfile, copy_file_range, splice, tee, to and from."""
+        source = self.raw_image("source", SIZE, text_block)
+        at = self.mount("qcow2", SIZE)
+        with open(source, "rb") as data, open(self.path("out"), "w+b") as out:
+            fd = at.open()
+            sent = 0
+            while sent < SIZE:
+                sent += os.sendfile(fd, data.fileno(), None, SIZE - sent)
+            self.assertEqual(checksum(at.path), checksum(source))
+            os.lseek(fd, 0, os.SEEK_SET)
+            sent = 0
+            while sent < SIZE:
+                sent += os.sendfile(out.fileno(), fd, None, SIZE - sent)
+            self.assertEqual(checksum(out.name), checksum(source))
+            # From another file system is for the caller to do.
+            self.assert_errno((errno.EXDEV, errno.EOPNOTSUPP), os.copy_file_range, data.fileno(), fd, SIZE, 0, 0)
+            # Within the file: the second half becomes the first.
+            copied = 0
+            while copied < MIB:
+                copied += os.copy_file_range(fd, fd, MIB - copied, copied, 3 * MIB + copied)
+            self.assertEqual(os.pread(fd, MIB, 3 * MIB), os.pread(data.fileno(), MIB, 0))
+            reader, writer = os.pipe()
+            for end in (reader, writer):
+                self.addCleanup(os.close, end)
+            moved = 0
+            while moved < MIB:  # out of the file through a pipe into the file
+                n = os.splice(fd, writer, 32768, offset_src=moved)
+                m = 0
+                while m < n:
+                    m += os.splice(reader, fd, n - m, offset_dst=2 * MIB + moved + m)
+                moved += n
+            self.assertEqual(os.pread(fd, MIB, 2 * MIB), os.pread(data.fileno(), MIB, 0))
+
+    def test_mmap(self):
+        for form in FORMATS:
+            with self.subTest(form=form):
+                at = self.mount(form, image=self.make_image(form, SIZE, form, text_block), mountpoint=self.path("f" + form))
+                # (The reference mixes up the data of several requests that come at a time.)
+                changes = 200 if IS_GANTRY else 0
+                fd, other = at.open(), at.open(os.O_RDWR | os.O_DIRECT)
+                with mmap.mmap(fd, SIZE) as view:
+                    self.assertEqual(view[65536:131072], text_block(1))
+                    view[70000:70005] = b"hello"
+                    view.flush()
+                    self.assertEqual(os.pread(other, 5, 70000), b"hello")
+                    self.assertEqual(os.pread(fd, 7, 69999), text_block(1)[4463:4464] + b"hello" + text_block(1)[4469:4470])
+                    os.pwrite(fd, b"HELLO", 70001)  # a write is seen through the mapping
+                    self.assertEqual(view[70000:70007], b"hHELLO" + text_block(1)[4470:4471])
+                    rng = random.Random(1)
+                    model = bytearray(view[:])
+                    for _ in range(changes):
+                        length = rng.choice((1, 100, 4096, 20000))
+                        begin = rng.randrange(SIZE - length)
+                        view[begin:begin + length] = model[begin:begin + length] = rng.randbytes(length)
+                    view.flush()
+                    self.assertEqual(os.pread(other, SIZE, 0), bytes(model))
+                with mmap.mmap(fd, SIZE, flags=mmap.MAP_PRIVATE) as view:
+                    view[0:5] = b"never"
+                    self.assertEqual(view[0:5], b"never")
+                self.assertEqual(os.pread(other, SIZE, 0), bytes(model))
+                with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as view:
+                    self.assertEqual(len(view), SIZE)
+                    self.assertEqual(view[:], bytes(model))
+                os.close(fd)
+                os.close(other)
+                at.daemon.stop()
+                self.assertEqual(self.contents(at.image, form), bytes(model))
+
+    def test_a_mapping_is_written_when_it_ends(self):
+        at = self.mount("qcow2", SIZE)
+        fd = at.open()
+        with mmap.mmap(fd, SIZE) as view:
+            view[1000:1004] = b"kept"
+        os.close(fd)
+        fd = at.open(os.O_RDONLY)
+        self.assertEqual(os.pread(fd, 4, 1000), b"kept")
+        os.close(fd)
+        at.daemon.stop()
+        self.assertEqual(self.contents(at.image, "qcow2")[1000:1004], b"kept")
+
+    def test_writethrough(self):
+        require_gantry("the reference does not count these flushes")
+        for writethrough in (False, True):
+            with self.subTest(writethrough=writethrough):
+                name = f"w{writethrough}"
+                at = self.mount("raw", image=self.raw_image(name, SIZE), mountpoint=self.path("f" + name),
+                                writethrough=writethrough)
+                flushes = lambda at=at: next(  # noqa: E731
+                    n["stats"]["flush_operations"] for n in at.qmp.cmd("query-blockstats", {"query-nodes": True})
+                    if n.get("node-name") == "disk")
+                fd, before = at.open(), flushes()
+                for i in range(10):
+                    os.pwrite(fd, b"x" * 4096, i * 8192)
+                if writethrough:
+                    # A write with FUA is not counted as a flush where the file can do that by itself.
+                    os.fsync(fd)
+                else:
+                    self.assertEqual(flushes(), before)
+                    os.fsync(fd)
+                    self.assertGreater(flushes(), before)
+                self.assertEqual(os.pread(fd, 1, 8192), b"x")
+
+
+class Sizes(FuseCase):
+    """Truncation, growth, resizing from outside."""
+
+    def test_truncate(self):
+        for form in FORMATS:
+            with self.subTest(form=form):
+                at = self.mount(form, image=self.make_image(form, SIZE, form, lambda n: b"d" * 65536),
+                                mountpoint=self.path("f" + form))
+                fd = at.open()
+                for size in (MIB, 3 * MIB, MIB + 512, 8 * MIB, 0, 512, SIZE):
+                    os.ftruncate(fd, size)
+                    self.assertEqual((os.fstat(fd).st_size, at.size()), (size, size))
+                    if size:
+                        self.assertEqual(os.pwrite(fd, b"e" * 512, size - 512), 512)
+                    self.assertEqual(os.pread(fd, 100, size), b"")
+                data = os.pread(fd, SIZE, 0)
+                self.assertEqual(data, b"e" * 512 + bytes(SIZE - 1024) + b"e" * 512)
+                os.truncate(at.path, 2 * MIB)
+                self.assertEqual(os.fstat(fd).st_size, 2 * MIB)
+                too_large = (errno.EFBIG, errno.EINVAL, errno.ENOSPC) if IS_GANTRY else errno.EIO
+                self.assert_errno(too_large, os.ftruncate, fd, (1 << 63) - 1)
+                self.assertEqual(at.size(), 2 * MIB)
+                os.close(fd)
+                at.daemon.stop()
+                self.assertEqual(len(self.contents(at.image, form)), 2 * MIB)
+                self.check_image(at.image, form)
+
+    def test_truncate_to_any_byte(self):
+        require_gantry("the reference rounds to 512")
+        at = self.mount("raw", image=self.raw_image("i", SIZE, lambda n: b"d" * 65536))
+        fd = at.open()
+        for size in (1000003, 1000002, 1, 0, 77777):
+            os.ftruncate(fd, size)
+            self.assertEqual((os.fstat(fd).st_size, os.path.getsize(at.image)), (size, size))
+        self.assertEqual(os.pread(fd, 100000, 0), bytes(77777))
+
+    def test_growing(self):
+        for form in FORMATS:
+            with self.subTest(form=form):
+                at = self.mount(form, image=self.make_image(form, MIB, form, lambda n: b"d" * 65536),
+                                mountpoint=self.path("f" + form), growable=True)
+                fd, other = at.open(), at.open(os.O_RDONLY)
+                self.assertEqual(os.pwrite(fd, b"a" * 1024, MIB - 512), 1024)
+                self.assertEqual(os.fstat(fd).st_size, MIB + 512)
+                self.assertEqual(os.pwrite(fd, b"b" * 1024, 3 * MIB), 1024)
+                self.assertEqual(os.fstat(other).st_size, 3 * MIB + 1024)
+                self.assertEqual(os.pread(other, 3 * MIB, MIB), b"a" * 512 + bytes(2 * MIB - 512) + b"b" * 1024)
+                append = at.open(os.O_WRONLY | os.O_APPEND)
+                for i in range(20):
+                    self.assertEqual(os.write(append, bytes([i]) * 512), 512)
+                self.assertEqual(os.pread(other, 20 * 512, 3 * MIB + 1024), b"".join(bytes([i]) * 512 for i in range(20)))
+                fallocate(fd, 0, 4 * MIB, MIB)
+                self.assertEqual(os.fstat(fd).st_size, 5 * MIB)
+                fallocate(fd, fuse_case.FALLOC_ZERO_RANGE, 6 * MIB, MIB)
+                self.assertEqual(os.fstat(other).st_size, 7 * MIB)
+                self.assertEqual(os.pread(fd, 4 * MIB, 4 * MIB), bytes(3 * MIB))
+                os.close(fd)
+                os.close(other)
+                os.close(append)
+                at.daemon.stop()
+                self.assertEqual(len(self.contents(at.image, form)), 7 * MIB)
+                self.check_image(at.image, form)
+
+    def test_growing_by_any_byte(self):
+        require_gantry("the reference rounds to 512")
+        at = self.mount("raw", 0, growable=True)
+        fd = at.open(os.O_RDWR | os.O_APPEND)
+        model, rng = b"", random.Random(3)
+        self.assertEqual(os.pread(fd, 10, 0), b"")
+        for _ in range(200):
+            data = rng.randbytes(rng.choice((1, 3, 511, 513, 5000)))
+            self.assertEqual(os.write(fd, data), len(data))
+            model += data
+            self.assertEqual(os.fstat(fd).st_size, len(model))
+        self.assertEqual(os.pread(fd, len(model) + 1, 0), model)
+        os.close(fd)
+        out = self.path("out")
+        self.run_tool("cp", at.path, out)
+        self.run_tool("sh", "-c", f"tar cf - -C {self.dir} out >> {at.path}")
+        at.daemon.stop()
+        with open(at.image, "rb") as file:
+            data = file.read()
+        self.assertEqual(data[:len(model)], model)
+        self.assertGreater(len(data), 2 * len(model))
+
+    def test_fallocate(self):
+        modes = fuse_case
+        keep, hole, zero = modes.FALLOC_KEEP_SIZE, modes.FALLOC_PUNCH_HOLE, modes.FALLOC_ZERO_RANGE
+        for form in FORMATS:
+            with self.subTest(form=form):
+                at = self.mount(form, image=self.make_image(form, SIZE, form, lambda n: b"d" * 65536),
+                                mountpoint=self.path("f" + form))
+                fd, model = at.open(), bytearray(b"d" * SIZE)
+                unit = 1 if IS_GANTRY else 512
+                whole = ((0, 65536), (MIB, MIB), (SIZE - 65536, 65536))
+                parts = ((512, 512), (unit, 100 * 512 + unit), (MIB - 512, MIB), (SIZE - 512, 512))
+                for mode in (hole | keep, zero | keep, zero):
+                    # (The reference leaves what is no cluster alone.)
+                    for offset, length in whole if mode & hole and not IS_GANTRY else whole + parts:
+                        os.pwrite(fd, b"e" * length, offset)
+                        fallocate(fd, mode, offset, length)
+                        model[offset:offset + length] = bytes(length)
+                        self.assertEqual(os.pread(fd, SIZE, 0), bytes(model), (mode, offset, length))
+                # What lies beyond the end is left out.
+                for mode in (hole | keep, zero | keep):
+                    os.pwrite(fd, b"f" * 131072, SIZE - 131072)
+                    fallocate(fd, mode, SIZE - 65536, MIB)
+                    model[SIZE - 131072:] = b"f" * 65536 + bytes(65536)
+                    fallocate(fd, mode, SIZE, MIB) if IS_GANTRY or mode & hole else None
+                    self.assertEqual(os.pread(fd, SIZE, 0), bytes(model), mode)
+                if IS_GANTRY:
+                    self.assert_errno(errno.ENOSPC, fallocate, fd, zero, SIZE, 4096)
+                    self.assert_errno(errno.ENOSPC, fallocate, fd, 0, SIZE, 4096)
+                self.assertEqual(at.size(), SIZE)
+                for mode in (hole, modes.FALLOC_COLLAPSE_RANGE, modes.FALLOC_INSERT_RANGE, hole | zero | keep, 0x40):
+                    self.assert_errno((errno.EOPNOTSUPP, errno.EINVAL), fallocate, fd, mode, 0, 4096)
+                self.assert_errno(errno.EFBIG, fallocate, fd, zero, (1 << 63) - 4096, 8192)
+                self.assert_errno(errno.EINVAL, fallocate, fd, hole | keep, 0, 0)
+                os.posix_fallocate(fd, 0, SIZE)  # by the node, or by the C library
+                self.assertEqual(os.pread(fd, SIZE, 0), bytes(model))
+                os.close(fd)
+                at.daemon.stop()
+                self.assertEqual(self.contents(at.image, form), bytes(model))
+                self.check_image(at.image, form)
+
+    def test_holes_are_those_of_the_image(self):
+        image = self.raw_image("i", 16 * MIB, lambda n: text_block(n) if n % 7 in (1, 2, 5) else None)
+        with open(image, "r+b") as file:
+            wanted = extents(file.fileno())
+            at = self.mount(image=image)
+            fd = at.open()
+            self.assertGreater(len(wanted), 60)
+            self.assertEqual(extents(fd), wanted)
+            rng = random.Random(2)
+            # (At the end the reference finds a hole, which no other file system does.)
+            ends = [16 * MIB, 16 * MIB + 1] if IS_GANTRY else []
+            for offset in [rng.randrange(16 * MIB) for _ in range(300)] + [0, 1, 65535, 65536, 16 * MIB - 1, *ends]:
+                for whence in (os.SEEK_DATA, os.SEEK_HOLE):
+                    answers = []
+                    for of in (file.fileno(), fd):
+                        try:
+                            answers.append(os.lseek(of, offset, whence))
+                        except OSError as error:
+                            answers.append(errno.errorcode[error.errno])
+                    self.assertEqual(answers[1], answers[0], (offset, whence))
+            punch(fd, 0, 8 * MIB)
+            os.pwrite(fd, b"x" * MIB, 3 * MIB)
+            self.assertEqual(extents(fd), extents(file.fileno()))
+            self.assertEqual(extents(fd)[0], (3 * MIB, 4 * MIB))
+
+    def test_holes_of_qcow2(self):
+        at = self.mount("qcow2", 64 * MIB)
+        fd = at.open()
+        self.assertEqual(extents(fd), [])
+        self.assert_errno(errno.ENXIO, os.lseek, fd, 0, os.SEEK_DATA)
+        self.assertEqual(os.lseek(fd, 5, os.SEEK_HOLE), 5)
+        os.pwrite(fd, b"x" * 65536, MIB)
+        os.pwrite(fd, b"x" * 65536, 32 * MIB)
+        self.assertEqual(extents(fd), [(MIB, MIB + 65536), (32 * MIB, 32 * MIB + 65536)])
+        self.assertEqual(os.lseek(fd, MIB + 5, os.SEEK_DATA), MIB + 5)
+        self.assertEqual(os.lseek(fd, MIB + 5, os.SEEK_HOLE), MIB + 65536)
+        punch(fd, MIB, 65536)
+        self.assertEqual(extents(fd), [(32 * MIB, 32 * MIB + 65536)])
+        self.assertEqual(os.lseek(fd, 33 * MIB, os.SEEK_HOLE), 33 * MIB)
+        for whence in (os.SEEK_DATA, os.SEEK_HOLE) if IS_GANTRY else (os.SEEK_DATA,):
+            self.assert_errno(errno.ENXIO, os.lseek, fd, 64 * MIB, whence)
+
+    def test_a_backing_file_shows_through(self):
+        require("qemu-img")
+        base = self.raw_image("base", SIZE, text_block)
+        image = self.path("top.qcow2")
+        self.run_tool("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", image)
+        at = self.mount("qcow2", image=image)
+        self.assertEqual(checksum(at.path), checksum(base))
+        before = checksum(base)
+        fd = at.open()
+        os.pwrite(fd, b"x" * 1000, 100)
+        punch(fd, 65536, 65536)
+        self.assertEqual(os.pread(fd, 3 * 65536, 0),
+                         text_block(0)[:100] + b"x" * 1000 + text_block(0)[1100:] + bytes(65536) + text_block(2))
+        self.assertEqual(checksum(base), before)
+
+    def test_resize_from_outside(self):
+        for form in FORMATS:
+            with self.subTest(form=form):
+                at = self.mount(form, image=self.make_image(form, SIZE, form, lambda n: b"d" * 65536),
+                                mountpoint=self.path("f" + form))
+                fd, direct = at.open(), at.open(os.O_RDWR | os.O_DIRECT)
+                for size in (6 * MIB, 8 * MIB, 5 * MIB, 12 * MIB):
+                    self.assertEqual(os.fstat(fd).st_size, os.stat(at.path).st_size)  # remembered by the kernel now
+                    at.qmp.cmd("block_resize", {"node-name": "disk", "size": size})
+                    if not IS_GANTRY:
+                        wait_for(lambda size=size: os.fstat(fd).st_size == size, "the reference's attributes to expire")
+                    self.assertEqual((os.fstat(fd).st_size, os.stat(at.path).st_size), (size, size), "at once")
+                    self.assertEqual(os.lseek(fd, 0, os.SEEK_END), size)
+                    self.assertEqual(os.pread(fd, 1024, size - 512), bytes(512))
+                    self.assertEqual(os.pread(direct, 4096, size), b"")
+                    self.assertEqual(os.pwrite(fd, b"n" * 512, size - 512), 512)
+                with mmap.mmap(fd, 12 * MIB) as view:
+                    view[12 * MIB - 1:] = b"!"
+                    view.flush()
+                self.assertEqual(os.pread(direct, 512, 12 * MIB - 512), b"n" * 511 + b"!")
+
+    def test_resize_of_a_mapped_file(self):
+        require_gantry("the kernel learns of it at once")
+        at = self.mount("raw", SIZE)
+        fd = at.open()
+        with mmap.mmap(fd, SIZE) as view:
+            view[:4096] = b"m" * 4096
+            view[SIZE - 4096:] = b"n" * 4096
+            at.qmp.cmd("block_resize", {"node-name": "disk", "size": MIB})
+            self.assertEqual(os.fstat(fd).st_size, MIB)
+            at.qmp.cmd("block_resize", {"node-name": "disk", "size": SIZE})
+            self.assertEqual(os.fstat(fd).st_size, SIZE)  # pages beyond the end the kernel knows of are SIGBUS
+            self.assertEqual(view[:4096], b"m" * 4096)
+            self.assertEqual(view[SIZE - 4096:], bytes(4096))
+
+
+class Together(FuseCase):
+    """Several doors to one node."""
+
+    def test_two_files_of_one_node(self):
+        require_gantry("the reference lets the kernel keep pages of each")
+        one = self.mount("qcow2", SIZE)
+        two = self.add_export(one)
+        a, b = one.open(), two.open()
+        self.assertNotEqual(os.fstat(a).st_dev, os.fstat(b).st_dev)
+        rng = random.Random(4)
+        model = bytearray(SIZE)
+        for _ in range(300):
+            fd, other = (a, b) if rng.random() < 0.5 else (b, a)
+            length = rng.choice((1, 512, 4096, 70000))
+            offset = rng.randrange(SIZE - length)
+            model[offset:offset + length] = data = rng.randbytes(length)
+            os.pwrite(fd, data, offset)
+            self.assertEqual(os.pread(other, length, offset), data)
+        self.assertEqual(os.pread(a, SIZE, 0), bytes(model))
+        self.assertEqual(os.pread(b, SIZE, 0), bytes(model))
+        os.ftruncate(a, 2 * MIB)
+        self.assertEqual(os.fstat(b).st_size, 2 * MIB)
+
+    def test_a_file_and_nbd(self):
+        require_gantry("the reference allows one of them")
+        nbd = gantry_test.libnbd()
+        at = self.mount("qcow2", SIZE)
+        socket = self.start_nbd(at.qmp)
+        at.qmp.cmd("block-export-add", {"type": "nbd", "id": "n", "node-name": "disk", "name": "disk", "writable": True})
+        client = nbd.NBD()
+        client.connect_uri(self.uri(socket, "disk"))
+        fd = at.open()
+        os.pwrite(fd, b"from the file", 65530)
+        self.assertEqual(client.pread(13, 65530), b"from the file")
+        client.pwrite(b"n" * 1024, 65536)
+        self.assertEqual(os.pread(fd, 1030, 65530), b"from t" + b"n" * 1024)
+        client.trim(65536, 65536)
+        self.assertEqual(os.pread(fd, 65536, 65536), bytes(65536))
+        client.shutdown()
+
+    def test_queries(self):
+        at = self.mount("raw", SIZE)
+        (export,) = at.qmp.cmd("query-block-exports")
+        self.assertEqual((export["id"], export["type"], export["node-name"], export["shutting-down"]),
+                         ("e", "fuse", "disk", False))
+
+    def test_closes_by_thousands(self):
+        at = self.mount("raw", SIZE)
+        for i in range(2000):
+            fd = os.open(at.path, (os.O_RDONLY, os.O_RDWR, os.O_WRONLY)[i % 3])
+            if i % 3:
+                os.pwrite(fd, b"x", i)
+            os.close(fd)
+        self.assertEqual(at.size(), SIZE)
+        # The last of them may still be on its way.
+        at.qmp.delete_export("e")
+        wait_for(lambda: not at.is_mounted(), "the mount to go")
+
+
+if __name__ == "__main__":
+    gantry_test.main()
