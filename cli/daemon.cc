@@ -15,6 +15,7 @@
 #include "block/repeated_cancel.h"
 #include "cli/qmp_client.h"
 #include "cli/registry.h"
+#include "fuse/restart.h"
 #include "qmp/command.h"
 #include "qmp/nbd_options.h"
 #include "runtime/io.h"
@@ -25,6 +26,13 @@
 #include "schema/schema.h"
 
 namespace gantry::cli {
+
+namespace {
+
+/// How long exports of the process before this one wait for somebody who wants them.
+constexpr auto kLegacyPatience = std::chrono::seconds(30);
+
+}  // namespace
 
 unsigned default_io_loops() {
     cpu_set_t cpus;
@@ -75,9 +83,11 @@ Daemon::Daemon(DaemonSettings settings, std::unique_ptr<Runtime> runtime)
                 monitors_,
                 [this] { request_quit(); },
                 [this](std::string_view name) { return resolve_fd(name); }},
-      watchdog_(*runtime_, notifier_) {
+      watchdog_(*runtime_, notifier_),
+      hand_over_(settings.hand_over) {
     monitors_.set_services(&services_);
     exports_.set_keeper(&keeper_);
+    fuse::announce_legacies(keeper_);
     if (keeper_.active()) {
         graph_.mapping_log_source = [this](const std::string& node_name) { return mapping_logs_.open(node_name); };
     }
@@ -219,6 +229,7 @@ Task<void> Daemon::main_task() {
     monitors_.let_clients_in();
     watchdog_.start();
     if (notifier_.active()) scope_.spawn(report_status());
+    if (!keeper_.waiting().empty()) scope_.spawn(give_up_left());
     co_await quit_.wait();
     signals_->cancel();
     notifier_.stopping();
@@ -253,6 +264,7 @@ Task<void> Daemon::wait_for_signals() {
     }
     if (number == 0) co_return;
     log::info("signal {}: ending", number);
+    if (hand_over_ && number == SIGTERM && keeper_.active()) keeper_.set_leave(exports::Keeper::Leave::kEverything);
     quit_.set();
     graph_.cancel_opening("");
     monitors_.stop_waiting();
@@ -268,6 +280,12 @@ Task<void> Daemon::report_status() {
         last = std::move(text);
         (void)co_await status_pause_.after(std::chrono::seconds(1));
     }
+}
+
+// Exports may still come over QMP; nobody waits for ever.
+Task<void> Daemon::give_up_left() {
+    const bool expired = co_await left_pause_.after(kLegacyPatience);
+    if (expired && !quit_.is_set()) co_await fuse::give_up_legacies(keeper_);
 }
 
 // What closing nodes write at last has its own time.
@@ -291,6 +309,8 @@ Task<void> Daemon::end_task() {
     co_await exports_.remove_all();
     co_await nbd_servers_.stop_all();
     co_await cancel.over();
+    left_pause_.cancel();
+    if (keeper_.leave() == exports::Keeper::Leave::kNothing) co_await fuse::give_up_legacies(keeper_);
     co_await graph_.close_all();
     mapping_logs_.drop_empty();
     co_await monitors_.stop();

@@ -30,8 +30,8 @@ struct DaemonSettings {
     systemd::ActivationSockets sockets;
     /// Told of every export that is gone. Main loop.
     std::function<void(std::string_view id)> export_deleted;
-    /// Asked about each signal (SIGTERM, SIGINT, SIGHUP; `by_terminal`: the whole foreground job has got it): true keeps
-    /// it from ending the daemon. Main loop.
+    /// Asked about each signal (SIGTERM, SIGINT, SIGHUP; `by_terminal`: the whole foreground job has got it): true
+    /// keeps it from ending the daemon. Main loop.
     std::function<bool(int number, bool by_terminal)> take_signal;
     systemd::FdStore::Use fd_store = systemd::FdStore::Use::kAuto;
     bool hand_over = false;  // SIGTERM leaves mounts to the next process
@@ -56,6 +56,8 @@ class Daemon {
     void run();
     /// The same end without serving first (start-up failed).
     void shut_down();
+    /// The start-up has failed: what the process before this one has left stays for the next attempt.
+    void leave_inherited() { keeper_.set_leave(exports::Keeper::Leave::kInherited); }
     void request_quit();
     /// The end is requested: by quit, or by a signal, which counts from create() on.
     bool quitting() const { return quit_.is_set(); }
@@ -78,6 +80,7 @@ class Daemon {
     Task<int> next_signal();
     Task<void> wait_for_signals();
     Task<void> report_status();
+    Task<void> give_up_left();
     Task<void> end_task();
     void cancel_requests();
 
@@ -99,7 +102,8 @@ class Daemon {
     systemd::Watchdog watchdog_;
     TaskScope scope_;
     std::unique_ptr<SignalWaiter> signals_;
-    Timer status_pause_;
+    Timer status_pause_, left_pause_;
+    const bool hand_over_;
     AsyncEvent quit_;
     bool ended_ = false;
 };

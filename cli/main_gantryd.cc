@@ -38,6 +38,9 @@ constexpr OptionSpec kOptions[] = {
      "let the service manager keep what a killed or restarted daemon's successor needs to serve on (default: auto: "
      "when "
      "the manager says that it can)"},
+    {"hand-over", 0, false, "",
+     "SIGTERM leaves mounted FUSE exports to the process that is started next, which must name them again (needs the "
+     "service manager's descriptor store)"},
     {"daemonize", 0, false, "", "go to the background when everything is up"},
     {"pidfile", 0, true, "PATH", "write the process id to a locked file"},
     {"io-backend", 0, true, "auto|io_uring|epoll", "how to do I/O (default: auto)"},
@@ -138,7 +141,8 @@ Result<bool> apply_setting(const OptionUse& option, DaemonSettings& settings) {
     } else if (option.name == "trace") {
         CHECK_OK(check_trace(option.value));
     } else {
-        return option.name == "daemonize" || option.name == "pidfile";
+        settings.hand_over |= option.name == "hand-over";
+        return option.name == "daemonize" || option.name == "pidfile" || option.name == "hand-over";
     }
     return true;
 }
@@ -197,6 +201,7 @@ int run(int argc, char** argv) {
     DaemonSettings ignored;
     auto start_up_failed = [&](const Error& error) {
         (*daemon)->notifier().error(error.errno_value());
+        (*daemon)->leave_inherited();
         (*daemon)->shut_down();
         return usage_error(program, error);
     };

@@ -28,8 +28,18 @@ class Keeper {
     /// What the process before this one has put under `name`, in no certain order; each is handed out once, and held
     /// still.
     virtual std::vector<UniqueFd> take(std::string_view name) = 0;
+    /// The same, only to be looked at: the descriptors stay where they are.
+    virtual std::vector<int> look(std::string_view name) const = 0;
     /// The names of what the process before this one has put and nobody has taken yet.
     virtual std::vector<std::string> waiting() const = 0;
+
+    /// What exports leave as it is when they end, because a process after this one goes on with it.
+    enum class Leave : uint8_t {
+        kNothing,
+        kInherited,  // what they have from the process before this one: the start-up of this one has failed
+        kEverything,
+    };
+    virtual Leave leave() const = 0;
 };
 
 }  // namespace gantry::exports

@@ -39,6 +39,10 @@ Result<std::unique_ptr<exports::Export>> FuseExport::create(exports::ExportConte
     if (fuse.cached && fuse.passthrough) {
         return fail(ErrorKind::kInvalid, "x-cached=on and x-passthrough=on exclude each other; passthrough is cached");
     }
+    if (fuse.growable && fuse.passthrough) {
+        return fail(ErrorKind::kInvalid,
+                    "growable=on and x-passthrough=on exclude each other: nobody would see that the file grows");
+    }
     return std::make_unique<FuseExport>(std::move(context), std::move(fuse));
 }
 
@@ -52,11 +56,14 @@ block::EdgePerms FuseExport::perms() const {
     perms.need = block::Perm::kConsistentRead;
     if (writable()) perms.need |= block::Perm::kWrite;
     if (options_.growable) perms.need |= block::Perm::kResize;
+    // What the kernel keeps would not see another writer.
+    if (options_.cached) perms.share = block::Perm::kAll & ~block::Perm::kWrite;
     return perms;
 }
 
 Task<Result<>> FuseExport::start() {
-    CO_CHECK(co_await open_session());
+    co_await inherit();
+    if (!mount_) CO_CHECK(co_await open_session());
     Result<> up = co_await start_queues();
     if (!up) {
         co_await stop();
@@ -115,7 +122,13 @@ Task<Result<>> FuseExport::start_queues() {
     options.gid = ::getgid();
     options.resize = [this](uint64_t size, bool grow_only) { return resize(size, grow_only); };
     options.allocated = [this] { return allocated_bytes(root().node().shared_from_this()); };
+    options.status_changed = [this] {
+        if (kept_) kept_->update(state());
+    };
     service_ = std::make_unique<FileService>(context_.runtime->main_loop(), std::move(options));
+    const auto written = co_await last_written_ns(root().node().shared_from_this());
+    if (written) service_->attributes().set_mtime(*written);
+    CO_CHECK(open_passthrough());
 
     std::vector<block::Channel*> channels;
     for (Loop* loop : context_.loops) {
@@ -124,7 +137,9 @@ Task<Result<>> FuseExport::start_queues() {
     }
     for (size_t i = 0; i < context_.loops.size(); ++i) {
         int fd = mount_->fd();
-        if (i > 0) {
+        if (i > 0 && i <= clones_.size()) {
+            fd = clones_[i - 1].get();
+        } else if (i > 0) {
             auto clone = clone_descriptor(fd);
             if (!clone) {
                 log::warn("export '{}': {} queue(s) only: {}", id(), i, clone.error().message());
@@ -136,6 +151,7 @@ Task<Result<>> FuseExport::start_queues() {
         queues_.all.push_back(
             std::make_unique<ClassicQueue>(*context_.loops[i], fd, i, *service_, *channels[i], queues_));
     }
+    keep();
     for (const auto& queue : queues_.all) scope_.spawn(run_queue(queue.get()));
     if (!agreed_.has(kOverIoUring)) {
         transport_reason_ = "classic: " + transport_reason_;
@@ -188,13 +204,23 @@ Task<void> FuseExport::stop() {
     // What was read is answered; what comes after that is not.
     for (const auto& queue : queues_.all) co_await run_on(queue->loop(), queue->stop());
     for (const auto& ring : rings_) co_await run_on(ring->loop(), ring->stop());
-    if (mount_) {
-        if (!rings_.empty()) co_await mount_->abort();
+    keeping_pause_.cancel();
+    co_await keeping_.join();
+    if (mount_ && leaves()) {
+        kept_->update(state());
+        if (passthrough_) passthrough_->leave();
+        mount_->leave();
+    } else if (mount_) {
+        // Whom the keeper's descriptors keep alive must not wait for answers.
+        if (!rings_.empty() || (kept_ && mount_->can_abort())) co_await mount_->abort();
+        if (kept_) kept_->end();
         Result<> unmounted = co_await mount_->unmount(true);
         if (!unmounted) log::warn("export '{}': {}", id(), unmounted.error().message());
     }
     co_await scope_.join();
     co_await notices_.join();
+    passthrough_.reset();
+    kept_.reset();
     clones_.clear();
     if (mount_) mount_->close_fd();
     queues_.all.clear();
@@ -210,14 +236,31 @@ Task<Result<>> FuseExport::resize(uint64_t size, bool grow_only) {
     asked_size_ = size;
     Result<> resized = co_await context_.graph->resize(node, static_cast<int64_t>(size), grow_only);
     asked_size_.reset();
+    if (resized) size_changed(node.size());
     co_return resized;
 }
 
 void FuseExport::on_resize(uint64_t new_size) {
     if (!service_ || stopping_) return;
     service_->touched();
+    size_changed(new_size);
     // The kernel learns the size of what it asked for itself by the answer.
-    if (asked_size_ != new_size) notices_.spawn(tell_kernel(options_.cached));
+    if (asked_size_ == new_size) return;
+    // At once, so that whoever is told that the size has changed finds it changed: attributes alone wait for no page.
+    notify_changed(mount_->fd(), false);
+    if (options_.cached) notices_.spawn(tell_kernel(true));
+}
+
+Result<> FuseExport::open_passthrough() {
+    if (!options_.passthrough) return {};
+    const json::value* saved = legacy_ ? legacy_->state.if_contains("passthrough") : nullptr;
+    if (saved && saved->is_object()) {
+        TRY(passthrough_, Passthrough::inherit(root(), mount_->fd(), saved->get_object()));
+    } else {
+        TRY(passthrough_, Passthrough::open(root(), mount_->fd(), agreed_));
+    }
+    service_->set_backing(passthrough_->id(), passthrough_->fd());
+    return {};
 }
 
 Task<void> FuseExport::tell_kernel(bool pages) {
@@ -232,6 +275,9 @@ json::object FuseExport::details() const {
     details["transport"] = rings_.empty() ? "classic" : "uring";
     details["transport-reason"] = transport_reason_;
     details["open-files"] = service_->open_files();
+    details["passthrough"] = passthrough_ != nullptr;
+    details["kept-for-restart"] = kept_ != nullptr;
+    if (!kept_) details["kept-reason"] = kept_reason_;
     json::array queues;
     const auto add = [&queues](std::string_view kind, const Loop& loop, const QueueCounters& counters) {
         queues.push_back(json::object{{"transport", kind},

@@ -9,10 +9,13 @@
 #include "exports/export.h"
 #include "fuse/classic.h"
 #include "fuse/mount.h"
+#include "fuse/passthrough.h"
+#include "fuse/restart.h"
 #include "fuse/ring.h"
 #include "fuse/service.h"
 #include "fuse/session.h"
 #include "runtime/task_scope.h"
+#include "runtime/timer.h"
 
 namespace gantry::fuse {
 
@@ -47,6 +50,19 @@ class FuseExport final : public exports::Export {
 
   private:
     Task<Result<>> open_session();
+    Result<> open_passthrough();
+    // export_restart.cc
+    /// Takes over what a process before this one has left, if that fits: mount_, agreed_, clones_ and kept_ are set
+    /// then.
+    Task<void> inherit();
+    std::string misfit(const Legacy& legacy) const;
+    /// Leaves everything with the keeper, or says in kept_reason_ why not.
+    void keep();
+    json::object state() const;  // any thread
+    Task<void> keep_up_to_date();
+    void size_changed(uint64_t size);
+    /// Whether the end of this export is none for its clients.
+    bool leaves() const;
     Result<> open_queues();
     Task<Result<>> start_queues();
     Task<void> run_queue(ClassicQueue* queue);
@@ -69,6 +85,14 @@ class FuseExport final : public exports::Export {
     TaskScope notices_;                   // to the kernel
     std::optional<uint64_t> asked_size_;  // a resize that the kernel asked for is under way
     bool stopping_ = false;
+
+    std::unique_ptr<Passthrough> passthrough_;
+    std::atomic<uint64_t> size_{0};  // of the node, as the next process should find it
+    std::unique_ptr<KeptExport> kept_;
+    std::string kept_reason_;         // why not
+    std::unique_ptr<Legacy> legacy_;  // between inherit() and keep()
+    TaskScope keeping_;
+    Timer keeping_pause_;
 };
 
 extern const exports::ExportType kFuseExportType;

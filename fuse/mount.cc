@@ -79,13 +79,15 @@ Result<std::unique_ptr<Mount>> Mount::create_blocking(MountRequest request) {
     }
     mount->device_ = place->device;
     mount->mounted_ = true;
+    mount->covered_ = std::move(point.fd);
     own.mounted(point.device, point.inode, place->device);
     return mount;
 }
 
-Task<Result<std::unique_ptr<Mount>>> Mount::adopt(const json::object& saved, UniqueFd fd) {
+Task<Result<std::unique_ptr<Mount>>> Mount::adopt(const json::object& saved, UniqueFd fd, UniqueFd covered) {
     std::unique_ptr<Mount> mount(new Mount);
     mount->fd_ = std::move(fd);
+    mount->covered_ = std::move(covered);
     mount->export_id_ = text_of(saved, "export-id");
     mount->path_ = text_of(saved, "path");
     mount->device_ = number_of(saved, "device");

@@ -34,7 +34,7 @@ class Mount {
     static Task<Result<std::unique_ptr<Mount>>> create(MountRequest request);
     /// The mount of a process before this one: what save() told, and its descriptor. kInvalid when it is not mounted
     /// any more.
-    static Task<Result<std::unique_ptr<Mount>>> adopt(const json::object& saved, UniqueFd fd);
+    static Task<Result<std::unique_ptr<Mount>>> adopt(const json::object& saved, UniqueFd fd, UniqueFd covered = {});
     /// Unmounts what is still mounted, as hard as it takes.
     ~Mount();
 
@@ -45,6 +45,9 @@ class Mount {
     bool allow_other() const { return allow_other_; }
     /// The file that is covered, links resolved.
     const std::string& path() const { return path_; }
+    /// That file, O_PATH; -1: unknown.
+    int covered_fd() const { return covered_.get(); }
+    uint64_t device() const { return device_; }  // st_dev of the mounted file
     /// Nothing but export_id, path and numbers.
     json::object save() const;
     /// `hard`: clients that have it open do not matter. kBusy otherwise. What somebody else has unmounted already, or
@@ -65,9 +68,10 @@ class Mount {
     /// Nobody is kept from opening what was covered any more.
     void forget();
     UniqueFd fd_;
+    UniqueFd covered_;
     std::string path_;
     std::string export_id_;
-    uint64_t device_ = 0;          // st_dev of the mounted file
+    uint64_t device_ = 0;
     uint64_t covered_device_ = 0;  // of the file below
     uint64_t covered_inode_ = 0;
     bool allow_other_ = false;

@@ -30,10 +30,16 @@ struct ServiceOptions {
     /// Bytes that the image takes up, for st_blocks (allocated_bytes() below); nullopt: unknown. Only called on the
     /// main loop, at most every few milliseconds. Empty: always unknown.
     std::function<Task<std::optional<uint64_t>>()> allocated = {};
+    /// Mode or owner have changed, and nobody was told yet. On the loop of the call. Empty: nobody wants to know.
+    std::function<void()> status_changed = {};
 };
 
 /// What the storage of `node` takes up. Main loop; takes no lock of the graph.
 Task<std::optional<uint64_t>> allocated_bytes(std::shared_ptr<block::Node> node);
+
+/// When the file that holds the data of `node` was written last, in nanoseconds since 1970; nullopt: there is no such
+/// file. Main loop; `node` has a user.
+Task<std::optional<int64_t>> last_written_ns(std::shared_ptr<block::Node> node);
 
 /// Any loop unless said otherwise: each call on the loop of the channel that is passed with it. spec/fuse.md section 1.
 /// While its channel is drained a call waits holding nothing, and no call waits for the main loop inside a request of

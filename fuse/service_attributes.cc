@@ -25,6 +25,24 @@ Task<std::optional<uint64_t>> allocated_bytes(std::shared_ptr<block::Node> node)
     co_return info ? info->actual_size : std::nullopt;
 }
 
+Task<std::optional<int64_t>> last_written_ns(std::shared_ptr<block::Node> node) {
+    while (!node->children().empty()) {
+        const block::Child* data = node->child("data-file");
+        for (const auto& child : node->children()) {
+            if (!data && child->role != block::ChildRole::kBacking) data = child.get();
+        }
+        if (!data) co_return std::nullopt;
+        node = data->node;
+    }
+    const auto file = node->passthrough();
+    if (!file) co_return std::nullopt;
+    struct stat st;
+    const int r = co_await run_blocking([&] { return ::fstat(file->fd, &st); });
+    if (r < 0) co_return std::nullopt;
+    const int64_t seconds = st.st_mtim.tv_sec;
+    co_return seconds * 1'000'000'000 + st.st_mtim.tv_nsec;
+}
+
 bool FileService::attributes_known() const {
     if (backing_id_.load(std::memory_order_relaxed) != 0) return false;
     return !options_.allocated || !attributes_.allocation_stale();
@@ -102,7 +120,10 @@ Task<void> FileService::do_setattr(Call& call, block::Channel& channel) {
     if (in.valid & kSetMode) attributes_.set_mode(in.mode);
     if (in.valid & kSetUid) attributes_.set_uid(in.uid);
     if (in.valid & kSetGid) attributes_.set_gid(in.gid);
-    if (in.valid & (kSetMode | kOwnerBits)) attributes_.status_changed();
+    if (in.valid & (kSetMode | kOwnerBits)) {
+        attributes_.status_changed();
+        if (options_.status_changed) options_.status_changed();
+    }
     co_await do_getattr(call, channel);
 }
 

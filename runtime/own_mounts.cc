@@ -74,7 +74,30 @@ void OwnMounts::remove(uint64_t covered_device, uint64_t covered_inode) {
     std::erase_if(all_, [&](const Mounted& entry) {
         return entry.covered_device == covered_device && entry.covered_inode == covered_inode;
     });
+    std::erase_if(left_, [&](const Left& entry) {
+        return entry.covered_device == covered_device && entry.covered_inode == covered_inode;
+    });
     count_.store(all_.size());
+}
+
+void OwnMounts::left_behind(Mounted entry, UniqueFd covered) {
+    const std::lock_guard lock(m_);
+    left_.push_back({entry.covered_device, entry.covered_inode, entry.device, std::move(covered)});
+    all_.push_back(std::move(entry));
+    count_.store(all_.size());
+}
+
+UniqueFd OwnMounts::below_left_behind(const std::string& path) const {
+    if (count_.load() == 0) return {};
+    const auto place = place_of(path, true);
+    if (!place) return {};
+    const std::lock_guard lock(m_);
+    for (const Left& entry : left_) {
+        if (entry.device == place->device && entry.covered) {
+            return UniqueFd(::fcntl(entry.covered.get(), F_DUPFD_CLOEXEC, 3));
+        }
+    }
+    return {};
 }
 
 std::optional<std::string> OwnMounts::server_of(uint64_t device) const {

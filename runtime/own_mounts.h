@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "runtime/error.h"
+#include "runtime/unique_fd.h"
 
 namespace gantry {
 
@@ -33,6 +34,12 @@ class OwnMounts {
     /// It is mounted: `device` is what lies there now.
     void mounted(uint64_t covered_device, uint64_t covered_inode, uint64_t device);
     void remove(uint64_t covered_device, uint64_t covered_inode);
+    /// A mount that a process before this one has left, and nobody serves until an export of this one takes it over:
+    /// remove() comes first then. `covered` is the file below it (O_PATH); an invalid one: unknown.
+    void left_behind(Mounted entry, UniqueFd covered);
+    /// What `path` would be without such a mount, to be opened again through /proc; invalid: nothing of that kind is
+    /// there. Asks nobody.
+    UniqueFd below_left_behind(const std::string& path) const;
 
     /// Who serves the files of `device`.
     std::optional<std::string> server_of(uint64_t device) const;
@@ -47,6 +54,12 @@ class OwnMounts {
     std::atomic<size_t> count_{0};
     mutable std::mutex m_;
     std::vector<Mounted> all_;
+    struct Left {
+        uint64_t covered_device = 0, covered_inode = 0;
+        uint64_t device = 0;
+        UniqueFd covered;
+    };
+    std::vector<Left> left_;  // besides being in all_
 };
 
 /// What lies at a path or a descriptor, without the file's server being asked (statx of nothing).

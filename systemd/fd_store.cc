@@ -79,6 +79,14 @@ std::vector<UniqueFd> FdStore::take(std::string_view name) {
     return taken;
 }
 
+std::vector<int> FdStore::look(std::string_view name) const {
+    std::vector<int> fds;
+    for (const auto& passed : back_) {
+        if (passed.name.substr(kPrefix.size()) == name) fds.push_back(passed.fd.get());
+    }
+    return fds;
+}
+
 std::vector<std::string> FdStore::waiting() const {
     std::vector<std::string> names;
     for (const auto& passed : back_) {

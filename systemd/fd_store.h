@@ -36,6 +36,8 @@ class FdStore {
     void drop(std::string_view name);
     /// What came back under `name`; once.
     std::vector<UniqueFd> take(std::string_view name);
+    /// The same, which stays here.
+    std::vector<int> look(std::string_view name) const;
     /// What came back and was not taken yet: each name once.
     std::vector<std::string> waiting() const;
 

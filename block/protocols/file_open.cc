@@ -174,6 +174,11 @@ Result<uint64_t> file_size(int fd, FileKind kind) {
 Result<OpenedFile> open_file(const OpenRequest& rq) {
     struct stat st;
     if (rq.again < 0 && !FdSets::is_set(rq.filename)) {
+        if (const UniqueFd below = OwnMounts::process().below_left_behind(rq.filename)) {
+            OpenRequest through = rq;
+            through.again = below.get();
+            return open_file(through);
+        }
         CHECK_OK(OwnMounts::process().check_path(rq.filename));
         // Opening is an act for some devices and sockets; what is of the wrong kind is not even opened.
         if (::stat(rq.filename.c_str(), &st) < 0) return open_failed(rq, errno);
