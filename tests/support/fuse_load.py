@@ -107,11 +107,11 @@ class Load:
         """Returns once each thread has written that much more."""
         before = self.numbers(1)
 
-        def enough():
+        def written_enough():
             if self.process.poll() is not None:
                 self.case.fail(f"the load ended: {self.process.stdout.read()}")
-            return all(now >= then + writes for now, then in zip(self.numbers(1), before))
-        gantry_test.wait_for(enough, f"{writes} writes by each of {self.threads} threads; now {self.numbers(1)}, before {before}")
+            return all(last >= then + writes for last, then in zip(self.numbers(1), before))
+        gantry_test.wait_for(written_enough, f"{writes} writes by each of {self.threads} threads; now {self.numbers(1)}, before {before}")
         return self
 
     def result(self):
