@@ -4,6 +4,7 @@
 #include <poll.h>
 #include <signal.h>
 #include <sys/mount.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -28,7 +29,10 @@ constexpr int kChildAnswers = 0, kChildGone = 1, kChildFailed = 2;
 
 /// In the child, alone with what fork() has left of the process: system calls only. It keeps no descriptor but the
 /// mount's (0) and the pipe's end (1): nobody must wait for the end of a child that may hang.
-[[noreturn]] void ask_server(int mount_fd, int pipe_fd, uint64_t uid, uint64_t gid) {
+[[noreturn]] void ask_server(pid_t parent, int mount_fd, int pipe_fd, uint64_t uid, uint64_t gid) {
+    // Without the one who asks nobody would end it.
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+    if (::getppid() != parent) ::_exit(kChildFailed);
     const int high_mount = ::fcntl(mount_fd, F_DUPFD, 2), high_pipe = ::fcntl(pipe_fd, F_DUPFD, 2);
     if (::dup2(high_mount, 0) < 0 || ::dup2(high_pipe, 1) < 0) ::_exit(kChildFailed);
     ::syscall(SYS_close_range, 2u, ~0u, 0u);
@@ -40,7 +44,9 @@ constexpr int kChildAnswers = 0, kChildGone = 1, kChildFailed = 2;
     }
     struct statx st;
     const int r = ::statx(0, "", AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, STATX_BASIC_STATS, &st);
-    ::_exit(r == 0 ? kChildAnswers : errno == ENOTCONN || errno == ECONNREFUSED ? kChildGone : kChildFailed);
+    // ECONNABORTED: it went while we asked.
+    const bool gone = r < 0 && (errno == ENOTCONN || errno == ECONNREFUSED || errno == ECONNABORTED);
+    ::_exit(r == 0 ? kChildAnswers : gone ? kChildGone : kChildFailed);
 }
 
 /// One mount's server, asked from the constructor on.
@@ -57,8 +63,9 @@ class Question {
         const uint64_t uid = option_number(mount.options, "user_id", 0);
         const uint64_t gid = option_number(mount.options, "group_id", 0);
         const int mount_fd = fd.get(), pipe_fd = writing.get();
+        const pid_t parent = ::getpid();
         child_ = ::fork();
-        if (child_ == 0) ask_server(mount_fd, pipe_fd, uid, gid);
+        if (child_ == 0) ask_server(parent, mount_fd, pipe_fd, uid, gid);
     }
     const MountEntry& mount() const { return mount_; }
 
