@@ -228,8 +228,8 @@ page[:] = b"k" * len(page)
 view = mmap.mmap(fd, 0)
 print("begins", flush=True)
 while True:
-    os.pwritev(fd, [page], 0)
-    os.preadv(fd, [page], 4096)
+    os.pwritev(fd, [page], 1 << 20)
+    os.preadv(fd, [page], (1 << 20) + 4096)
     view[9 << 20:10 << 20] = b"m" * (1 << 20)
     if sys.argv[2] == "sync":
         os.fsync(fd)
@@ -239,13 +239,15 @@ while True:
         label = f"{form}-{name}"
         at = self.mount(form, image=self.make_image(form, SIZE, label), mountpoint=self.path("f-" + label), **options)
         for i in range(100 if SOAK else 6):
-            with subprocess.Popen([sys.executable, "-c", self.HEAVY, at.path, ("direct", "sync", "plain")[i % 3]],
-                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as client:
-                client.stdout.readline()
-                load = Load(self, at.path, threads=1, count=4).under_way(10 + 5 * i)
-                client.kill()
-                wait_for(lambda c=client: c.poll() is not None, "a client that was killed to end")
-                load.kill()
+            client = subprocess.Popen([sys.executable, "-c", self.HEAVY, at.path, ("direct", "sync", "plain")[i % 3]],
+                                      stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+            self.addCleanup(client.stdout.close)
+            self.addCleanup(client.kill)
+            client.stdout.readline()
+            load = Load(self, at.path, threads=1, count=4).under_way(10 + 5 * i)  # beside what it works on
+            client.kill()
+            wait_for(lambda c=client: c.poll() is not None, "a client that was killed to end")
+            load.kill()
         with open(at.path, "rb") as file:
             self.assertEqual(len(file.read()), SIZE)
         at.qmp.delete_export("e")  # nobody has it open any more

@@ -50,7 +50,8 @@ class Model(FuseCase):
         # The reference mixes up the data of requests that come at a time, which is what the kernel makes of mapped writes.
         model = FileModel(at.path, seed, room=start if passthrough else room, resizes=not passthrough,
                           growable=bool(options.get("growable")), maps=IS_GANTRY, unit=UNIT,
-                          punches=punches(form), size_unit=1 if form == "raw" else 512)
+                          punches=punches(form), size_unit=1 if form == "raw" else 512,
+                          direct_unit=4096 if passthrough else 1)  # what the file system below wants
         model.run(OPERATIONS)
         model.close()
         self.finish(at, form, model.data)
@@ -76,8 +77,8 @@ class Model(FuseCase):
         at = self.mount(form, image=self.small_clusters(form, size, label), mountpoint=self.path("f-" + label), **options)
         part = size // count
         failures = []
-        models = [FileModel(at.path, number, begin=number * part, room=part, maps=IS_GANTRY, unit=UNIT, punches=punches(form))
-                  for number in range(count)]
+        models = [FileModel(at.path, number, begin=number * part, room=part, maps=IS_GANTRY, unit=UNIT, punches=punches(form),
+                            direct_unit=4096 if options.get("passthrough") else 1) for number in range(count)]
 
         def work(model):
             try:

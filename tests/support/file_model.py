@@ -16,12 +16,14 @@ KEEP, PUNCH, ZERO = fuse_case.FALLOC_KEEP_SIZE, fuse_case.FALLOC_PUNCH_HOLE, fus
 class FileModel:
     """`path` within [begin, begin + room). Whoever has all of the file may change its size (`resizes`), up to `room`.
 
-    `unit`: offsets and lengths are multiples of it, and sizes of `size_unit`. Errors name the operation, and the seed finds it again.
+    `unit`: offsets and lengths are multiples of it, sizes of `size_unit`, what O_DIRECT takes of
+    `direct_unit`, memory too. Errors name the operation, and the seed finds it again.
     """
 
     def __init__(self, path, seed, *, begin=0, room, resizes=False, growable=False, maps=True, punches=True, unit=1,
-                 size_unit=1, log_length=30):
+                 size_unit=1, direct_unit=1, log_length=30):
         self.path, self.begin, self.room, self.unit, self.size_unit = path, begin, room, unit, max(unit, size_unit)
+        self.direct_unit = direct_unit
         self.resizes, self.growable = resizes, growable
         self.rng = random.Random(seed)
         self.seed, self.count, self.log = seed, 0, []
@@ -95,10 +97,15 @@ class FileModel:
         self.note("read", offset, length)
         self.compare(os.pread(self.fd, length, self.begin + offset), offset, length)
 
-    def read_direct(self):
+    def direct_range(self):
+        """(offset, length, place in memory) that O_DIRECT takes."""
         offset, length = self.range()
-        self.note("read_direct", offset, length)
         begin = self.rng.choice((0, 0, 512, self.rng.randrange(PAGE)))
+        return tuple(number // self.direct_unit * self.direct_unit for number in (offset, length, begin))
+
+    def read_direct(self):
+        offset, length, begin = self.direct_range()
+        self.note("read_direct", offset, length)
         with memoryview(self.page)[begin:begin + length] as view:
             count = os.preadv(self.direct, [view], self.begin + offset) if length else 0
             self.compare(bytes(view[:count]), offset, length)
@@ -121,10 +128,9 @@ class FileModel:
         self.put(offset, data)
 
     def write_direct(self):
-        offset, length = self.range()
+        offset, length, begin = self.direct_range()
         self.note("write_direct", offset, length)
         data = self.fresh(length)
-        begin = self.rng.choice((0, 0, 512, self.rng.randrange(PAGE)))
         with memoryview(self.page)[begin:begin + length] as view:
             view[:] = data
             self.written(os.pwritev(self.direct, [view], self.begin + offset) if length else 0, length)
