@@ -1,7 +1,6 @@
 #include "fuse/mount.h"
 
 #include <algorithm>
-#include <mutex>
 #include <optional>
 
 #include "fuse/mount_point.h"
@@ -53,8 +52,7 @@ std::string text_of(const json::object& saved, std::string_view name) {
 }  // namespace
 
 Task<Result<std::unique_ptr<Mount>>> Mount::create(MountRequest request) {
-    static std::once_flag cleaning;
-    std::call_once(cleaning, [] { CleaningWork::start(Loop::current().pool()); });
+    if (!stale_mounts_looked_for()) CleaningWork::start(Loop::current().pool());
     co_return co_await run_blocking([&request] { return create_blocking(std::move(request)); });
 }
 

@@ -81,8 +81,8 @@ class Mount {
 };
 
 /// Unmounts what daemons that are gone have left behind: mounts of ours that answer "not connected". Those of living
-/// daemons are left alone, also when they do not answer within half a second. Blocks for that long; how many there
-/// were.
+/// daemons are left alone, also when they do not answer within a third of a second. Blocks for that long; how many
+/// there were.
 size_t clean_stale_mounts();
 
 }  // namespace gantry::fuse

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <vector>
 
@@ -25,6 +26,7 @@ namespace gantry::fuse {
 namespace {
 
 constexpr size_t kMostQuestions = 64;  // at a time
+std::atomic<bool> looked_for{false};
 constexpr int kChildAnswers = 0, kChildGone = 1, kChildFailed = 2;
 
 /// In the child, alone with what fork() has left of the process: system calls only. It keeps no descriptor but the
@@ -128,7 +130,10 @@ Result<> unmount_entry(const MountEntry& mount, bool lazy) {
     return {};
 }
 
+bool stale_mounts_looked_for() { return looked_for.load(); }
+
 size_t clean_stale_mounts() {
+    looked_for = true;
     size_t cleaned = 0;
     // What lay below a mount comes up when that is gone: more than one round.
     for (int round = 0; round < 16; ++round) {
@@ -140,7 +145,7 @@ size_t clean_stale_mounts() {
             questions.emplace_back(mount);
         }
         // The kernel answers at once for those who are gone.
-        const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(500);
+        const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(300);
         size_t now = 0;
         for (Question& question : questions) {
             if (question.answer(deadline) != ServerState::kGone) continue;

@@ -23,6 +23,9 @@ ServerState probe(const MountEntry& mount, std::chrono::milliseconds patience = 
 /// It is what a path lookup finds: nothing is mounted over it.
 bool is_on_top(const MountEntry& mount);
 
+/// clean_stale_mounts() has been called in this process.
+bool stale_mounts_looked_for();
+
 /// By umount2(2) or fusermount3. kBusy (not with `lazy`), kPermission. Blocks.
 Result<> unmount_entry(const MountEntry& mount, bool lazy);
 
