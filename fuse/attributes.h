@@ -36,6 +36,8 @@ class Attributes {
     }
     /// Data or size have changed, and mtime is another one for sure.
     void data_changed_visibly();
+    /// What was written before this file was there, was written then.
+    void set_mtime(int64_t ns) { mtime_ns_.store(ns > 0 ? ns : 0, std::memory_order_relaxed); }
     int64_t mtime_ns() const { return mtime_ns_.load(std::memory_order_relaxed); }
 
     /// Whether st_blocks should be asked for anew: unknown, a second old, or older than the last write (but not more

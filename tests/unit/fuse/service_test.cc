@@ -2,10 +2,13 @@
 
 #include <catch2/catch.hpp>
 
+#include <fmt/format.h>
 #include <sys/stat.h>
 
 #include "tests/support/fuse_service.h"
 #include "tests/support/node_io.h"
+#include "tests/support/shell.h"
+#include "tests/support/temp_dir.h"
 
 using namespace gantry;
 using namespace gantry::fuse;
@@ -333,6 +336,30 @@ TEST_CASE("fuse service: mtime changes when data does", "[fuse]") {
     CHECK_FALSE(unchanged());
     f.run(f.graph->resize(f.node("n"), 4096));
     CHECK_FALSE(unchanged());
+}
+
+TEST_CASE("fuse service: what was written before the mount was written then", "[fuse]") {
+    const TempDir dir;
+    const std::string path = dir.file("image");
+    REQUIRE(shell("qemu-img create -q -f qcow2 " + path + " 1M").status == 0);
+    const timespec then[2] = {{1234567890, 987654321}, {1234567890, 987654321}};
+    REQUIRE(::utimensat(AT_FDCWD, path.c_str(), then, 0) == 0);
+    FuseServiceFixture f;
+    f.open({fmt::format("{{'driver':'qcow2','node-name':'n','read-only':true,'file':{{'driver':'file',"
+                        "'filename':'{}','read-only':true}}}}",
+                        path)},
+           {});
+    const auto written = f.run(last_written_ns(f.node("n").shared_from_this()));
+    REQUIRE(written);
+    f.service->attributes().set_mtime(*written);
+    const Attr a = f.attr();
+    CHECK(a.mtime == 1234567890);
+    CHECK(a.mtime_nsec == 987654321);
+    CHECK(a.ctime > 1234567890);
+    f.service->touched();
+    CHECK(f.attr().mtime > 1234567890);
+    REQUIRE(f.add("{'driver':'null-co','node-name':'nothing','size':512}") == "");
+    CHECK_FALSE(f.run(last_written_ns(f.node("nothing").shared_from_this())));
 }
 
 TEST_CASE("fuse service: flushes", "[fuse]") {
