@@ -49,7 +49,9 @@ Task<Result<>> Qcow2Node::replay_log() {
     }
     CO_CHECK(co_await image_file_.flush());
     for (const MappingRecord& record : records) CO_CHECK(co_await replay(record));
-    co_return co_await image_file_.flush();
+    CO_CHECK(co_await image_file_.flush());
+    metadata_->log().start(0);  // nothing in it counts any more, whether somebody writes the image now or not
+    co_return Result<>();
 }
 
 Task<Result<>> Qcow2Node::replay(MappingRecord record) {
