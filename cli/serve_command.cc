@@ -1,4 +1,4 @@
-// gantry serve IMAGE: one image over NBD, until interrupted.
+// gantry serve IMAGE: one image over NBD (and as a file), until interrupted.
 
 #include <sys/stat.h>
 #include <unistd.h>
@@ -8,8 +8,10 @@
 
 #include "cli/commands.h"
 #include "cli/daemon.h"
+#include "cli/made_file.h"
 #include "cli/opened_image.h"
 #include "cli/qmp_client.h"
+#include "fuse/mount.h"
 #include "runtime/log.h"
 #include "schema/json_dialect.h"
 
@@ -28,6 +30,7 @@ constexpr OptionSpec kOptions[] = {
      "listen on TCP; without --tls or --insecure on the loopback address only. --socket and --tcp may be given "
      "together and "
      "more than once"},
+    {"file", 0, true, "FILE", "also show it as this raw file, which is made when it does not exist"},
     {"tls", 0, true, "DIR", "clients must use TLS, with the files that 'gantry tls init DIR' has made"},
     {"insecure", 0, false, "", "allow unencrypted TCP on other addresses"},
     {"io-backend", 0, true, "auto|io_uring|epoll", "how to do I/O"},
@@ -36,7 +39,7 @@ constexpr OptionSpec kOptions[] = {
 };
 
 struct ServeOptions {
-    std::string image, format, name, description, snapshot, tls;
+    std::string image, format, name, description, snapshot, tls, file;
     std::vector<std::string> sockets, tcps;
     bool write = false, insecure = false;
     bool psk = false;  // the directory of --tls holds keys, not certificates
@@ -164,6 +167,14 @@ Result<std::vector<std::string>> set_up(Daemon& daemon, const ServeOptions& opti
         {"type", "nbd"}, {"id", "disk"}, {"node-name", node}, {"name", options.name}, {"writable", options.write}};
     if (!options.description.empty()) e["description"] = options.description;
     TRY(auto exported, daemon.execute("block-export-add", std::move(e)));
+    if (!options.file.empty()) {
+        TRY(auto shown, daemon.execute("block-export-add", {{"type", "fuse"},
+                                                            {"id", "file"},
+                                                            {"node-name", node},
+                                                            {"mountpoint", options.file},
+                                                            {"writable", options.write}}));
+        (void)shown;
+    }
     CHECK_OK(daemon.apply({"control-socket", "auto"}));
     (void)started, (void)exported;
     std::vector<std::string> uris;
@@ -177,6 +188,7 @@ Result<std::vector<std::string>> set_up(Daemon& daemon, const ServeOptions& opti
 void print_hints(const ServeOptions& options, const std::vector<std::string>& uris) {
     std::printf("Serving %s (%s) at\n\n", options.image.c_str(), options.write ? "read-write" : "read-only");
     for (const std::string& each : uris) std::printf("    %s\n", each.c_str());
+    if (!options.file.empty()) std::printf("\nand as the file\n\n    %s\n", options.file.c_str());
     std::printf("\nTry:\n");
     const std::string& uri = uris.front();
     std::printf("    nbdinfo '%s'\n", uri.c_str());
@@ -232,6 +244,7 @@ Result<ServeOptions> parse(std::span<const char* const> arguments, bool& help) {
         if (option.name == "write") out.write = true;
         if (option.name == "insecure") out.insecure = true;
         if (option.name == "name") out.name = option.value;
+        if (option.name == "file") out.file = option.value;
         if (option.name == "description") out.description = option.value;
         if (option.name == "snapshot") out.snapshot = option.value;
         if (option.name == "socket") out.sockets.push_back(option.value);
@@ -272,12 +285,17 @@ int serve_command(std::span<const char* const> arguments) {
     DaemonSettings settings;
     settings.runtime = options->runtime;
     settings.notifier = systemd::Notifier::from_environment();
+    // Removed when everything else is over.
+    MadeFile made;
+    if (!options->file.empty()) fuse::clean_stale_mounts();
     auto daemon = Daemon::create(std::move(settings));
     if (!daemon) {
         std::fprintf(stderr, "gantry serve: %s\n", daemon.error().message().c_str());
         return 1;
     }
-    auto uris = set_up(**daemon, *options);
+    auto file = options->file.empty() ? Result<MadeFile>(MadeFile()) : MadeFile::create(options->file);
+    if (file) made = std::move(*file);
+    auto uris = file ? set_up(**daemon, *options) : Result<std::vector<std::string>>(std::unexpected(file.error()));
     if (!uris) {
         (*daemon)->shut_down();
         std::fprintf(stderr, "gantry serve: %s\n", uris.error().message().c_str());

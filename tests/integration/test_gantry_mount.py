@@ -332,6 +332,35 @@ class Umount(Tool):
         at.qmp.event("BLOCK_EXPORT_DELETED", id="e")
 
 
+class Served(Tool):
+    def test_as_a_file_and_over_nbd(self):
+        """gantry serve --file, as ./bootstrap run has it."""
+        image = self.make_image("qcow2", SIZE)
+        path, socket = self.path("file"), self.path("nbd.sock")
+        self._guard_mount(path)
+        process = subprocess.Popen([gt.GANTRY, "serve", *gt.gantryd_options(), "--write", "--file", "file", "--socket", socket, image],
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=self.environment, cwd=self.dir)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        text = ""
+        while "Ctrl-C" not in text:
+            line = process.stdout.readline()
+            self.assertTrue(line, text)
+            text += line
+        self.assertIn("and as the file\n\n    file\n", text)
+        with open(path, "r+b", buffering=0) as file:
+            file.write(b"through the file")
+        client = gt.libnbd().NBD()
+        client.connect_uri(self.uri(socket))
+        self.assertEqual(bytes(client.pread(16, 0)), b"through the file")
+        client.shutdown()
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(gt.DEADLINE), 0)
+        self.assertFalse(os.path.exists(path))
+        self.check_image(image, "qcow2")
+        self.refused("serve", "--file", "no/file", image, text="Could not create the mount point")
+
+
 class Words(Tool):
     def test_wrong_ones(self):
         image = self.make_image("raw", 64 * KIB)
