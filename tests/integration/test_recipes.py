@@ -68,7 +68,7 @@ class Recipes(gt.Case):
 
     def test_paths_in_the_text_exist(self):
         """`tests/...`, `docs/...` and the like in backquotes."""
-        rooms = "runtime schema block exports nbd qmp systemd cli tests bench docs".split()
+        rooms = "runtime schema block exports nbd fuse qmp systemd cli tests bench docs".split()
         for page in [*PAGES, gt.ROOT / "tests/README.md", gt.ROOT / "qmp/README.md", gt.ROOT / "cli/README.md"]:
             for path in re.findall(r"`((?:%s)/[\w./@-]*)`" % "|".join(rooms), page.read_text()):
                 if "NAME" not in path and "/x_" not in path and "test_x" not in path:  # stand for names to be chosen
@@ -77,7 +77,7 @@ class Recipes(gt.Case):
     def test_options_in_the_text_exist(self):
         gt.require_gantry()
         known = self.run_daemon("--help").stdout
-        for command in ("serve", "status", "qmp", "tls"):
+        for command in ("serve", "mount", "umount", "status", "qmp", "tls"):
             known += subprocess.run([gt.GANTRY, command, "--help"], capture_output=True, text=True, check=True).stdout
         for command in ("create", "info", "check", "map", "resize", "snapshot", "amend", "measure", "compact", "commit", "rebase"):
             known += subprocess.run([gt.GANTRY, "image", command, "--help"], capture_output=True, text=True, check=True).stdout
