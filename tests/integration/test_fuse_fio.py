@@ -70,8 +70,8 @@ class Verify(FioCase):
                     label = f"{form}-{name}"
                     at = self.mount(form, image=self.make_image(form, SIZE, label), mountpoint=self.path("f-" + label), **options)
                     self.verify(at, engine="io_uring", depth=16, jobs=4, size=3 * MIB)
-                    self.verify(at, engine="libaio", depth=8, jobs=2, size=8 * MIB, more=["--bs=1m"])
-                    self.verify(at, engine="psync", jobs=2, size=2 * MIB, direct=0, rw="randrw")
+                    self.verify(at, engine="libaio", depth=8, size=16 * MIB, more=["--bs=1m"])
+                    self.verify(at, engine="psync", jobs=2, size=MIB, direct=0, rw="randrw")
                     self.finish(at, form)
 
     def test_any_byte(self):
@@ -238,7 +238,7 @@ while True:
     def clients_killed(self, form, name, options):
         label = f"{form}-{name}"
         at = self.mount(form, image=self.make_image(form, SIZE, label), mountpoint=self.path("f-" + label), **options)
-        for i in range(100 if SOAK else 6):
+        for i in range(100 if SOAK else 3):
             client = subprocess.Popen([sys.executable, "-c", self.HEAVY, at.path, ("direct", "sync", "plain")[i % 3]],
                                       stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
             self.addCleanup(client.stdout.close)
