@@ -40,6 +40,7 @@ class Input {
     }
     /// What is not there is 0.
     void fill(void* to, size_t n) {
+        if (n == 0) return;
         const size_t have = std::min(n, size_);
         std::memset(to, 0, n);
         if (have) std::memcpy(to, data_, have);
@@ -184,7 +185,8 @@ Task<void> talk(World* world, Input input) {
     FileService service(world->runtime.main_loop(), std::move(options));
     if (choice & 32) service.set_backing(5, world->disk->fd());
     if (choice & 64) service.hurry();
-    const std::vector<uint8_t> before = world->disk->bytes(0, writable ? 0 : kSize);
+    std::vector<uint8_t> before;
+    if (!writable) before = world->disk->bytes(0, kSize);
     while (!input.empty()) co_await one(world, &service, &input, writable);
     if (!writable) EXPECT(world->disk->bytes(0, kSize) == before);
 }
