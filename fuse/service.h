@@ -89,9 +89,10 @@ class FileService {
     Task<void> do_lseek(Call& call, block::Channel& channel);
 
     /// A positive errno, 0: done.
-    Task<int> zero(Call& call, block::Channel& channel, uint64_t offset, uint64_t length, block::WriteFlags flags);
-    Task<int> punch(Call& call, block::Channel& channel, uint64_t offset, uint64_t length);
-    Task<int> allocate(Call& call, block::Channel& channel, const FallocateIn& in);
+    Task<int> zero(const LongCall& self, block::Channel& channel, uint64_t offset, uint64_t length,
+                   block::WriteFlags flags);
+    Task<int> punch(const LongCall& self, block::Channel& channel, uint64_t offset, uint64_t length);
+    Task<int> allocate(const LongCall& self, block::Channel& channel, const FallocateIn& in);
     /// Makes the node at least `size` bytes long; it may become a little longer where its format counts in sectors.
     Task<Result<>> grow(block::Channel& channel, uint64_t size);
     Task<Result<>> truncate(block::Channel& channel, uint64_t size);

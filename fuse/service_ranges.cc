@@ -27,8 +27,8 @@ constexpr uint64_t kHoleUnits[] = {64 << 10, 2 << 20};
 
 }  // namespace
 
-Task<int> FileService::zero(Call& call, block::Channel& channel, uint64_t offset, uint64_t length, WriteFlags flags) {
-    LongCall self(*this, call.header.unique);
+Task<int> FileService::zero(const LongCall& self, block::Channel& channel, uint64_t offset, uint64_t length,
+                            WriteFlags flags) {
     const uint64_t end = offset + length;
     for (uint64_t at = offset; at < end;) {
         if (at != offset && self.interrupted()) co_return EINTR;
@@ -48,33 +48,33 @@ Task<int> FileService::zero(Call& call, block::Channel& channel, uint64_t offset
     co_return 0;
 }
 
-Task<int> FileService::punch(Call& call, block::Channel& channel, uint64_t offset, uint64_t length) {
+Task<int> FileService::punch(const LongCall& self, block::Channel& channel, uint64_t offset, uint64_t length) {
     constexpr WriteFlags kHole = WriteFlags::kMayUnmap | WriteFlags::kNoFallback;
     const uint64_t end = offset + length;
-    int result = co_await zero(call, channel, offset, length, kHole);
+    int result = co_await zero(self, channel, offset, length, kHole);
     for (const uint64_t unit : kHoleUnits) {
         if (result != EOPNOTSUPP) co_return result;
         const uint64_t first = std::min(block::align_up(offset, unit), end);
         const uint64_t last = std::max(block::align_down(end, unit), first);
         // The middle tells whether there are holes at all; nothing is written before.
-        if (last > first) result = co_await zero(call, channel, first, last - first, kHole);
+        if (last > first) result = co_await zero(self, channel, first, last - first, kHole);
         if (last > first && result != 0) continue;
-        result = co_await zero(call, channel, offset, first - offset, WriteFlags::kMayUnmap);
-        if (result == 0) result = co_await zero(call, channel, last, end - last, WriteFlags::kMayUnmap);
+        result = co_await zero(self, channel, offset, first - offset, WriteFlags::kMayUnmap);
+        if (result == 0) result = co_await zero(self, channel, last, end - last, WriteFlags::kMayUnmap);
     }
     co_return result;
 }
 
 /// Space for what lies beyond the end, which becomes a part of the file. Inside of it the node has no way to add space
 /// under data that others may be writing.
-Task<int> FileService::allocate(Call& call, block::Channel& channel, const FallocateIn& in) {
+Task<int> FileService::allocate(const LongCall& self, block::Channel& channel, const FallocateIn& in) {
     const uint64_t size = channel.size();
     const uint64_t end = in.offset + in.length;
     if ((in.mode & FALLOC_FL_KEEP_SIZE) || in.offset < size) co_return EOPNOTSUPP;
     if (!options_.growable) co_return ENOSPC;
     Result<> grown = co_await grow(channel, end);
     if (!grown) co_return reply_errno(grown.error());
-    const int result = co_await zero(call, channel, in.offset, in.length, WriteFlags::kNoFallback);
+    const int result = co_await zero(self, channel, in.offset, in.length, WriteFlags::kNoFallback);
     // Zeroes that take no space are what there is, then.
     co_return result == EOPNOTSUPP ? 0 : result;
 }
@@ -100,9 +100,10 @@ Task<void> FileService::do_fallocate(Call& call, block::Channel& channel) {
         co_return;
     }
 
+    LongCall self(*this, call.header.unique);
     int result = 0;
     if (!hole && !zeroes) {
-        result = co_await allocate(call, channel, in);
+        result = co_await allocate(self, channel, in);
     } else {
         const uint64_t end = in.offset + in.length;
         if (!keep && end > channel.size()) {
@@ -120,9 +121,9 @@ Task<void> FileService::do_fallocate(Call& call, block::Channel& channel) {
         if (in.offset < last) {
             const uint64_t length = last - in.offset;
             if (hole) {
-                result = co_await punch(call, channel, in.offset, length);
+                result = co_await punch(self, channel, in.offset, length);
             } else {
-                result = co_await zero(call, channel, in.offset, length, WriteFlags::kNone);
+                result = co_await zero(self, channel, in.offset, length, WriteFlags::kNone);
             }
         }
     }
