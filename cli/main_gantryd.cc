@@ -194,9 +194,10 @@ int run(int argc, char** argv) {
     const bool mounts = std::ranges::any_of(*options, [](const OptionUse& option) {
         return option.name == "export" && option.value.find("fuse") != std::string::npos;
     });
-    if (mounts) fuse::clean_stale_mounts();
     auto daemon = Daemon::create(std::move(settings));
     if (!daemon) return usage_error(program, daemon.error());
+    // Those that are kept for this process are known by now, and not asked.
+    if (mounts) fuse::clean_stale_mounts();
 
     DaemonSettings ignored;
     auto start_up_failed = [&](const Error& error) {

@@ -34,7 +34,7 @@ uint64_t number_of(const json::object& object, std::string_view key) {
 Result<json::object> ask(const std::string& socket) {
     TRY(QmpClient client, QmpClient::connect(socket));
     json::object out{{"socket", socket}, {"version", client.version()}};
-    for (std::string_view command : {"query-block-exports", "query-jobs", "query-nbd-servers"}) {
+    for (std::string_view command : {"query-block-exports", "query-jobs", "query-nbd-servers", "query-fuse-exports"}) {
         TRY(json::value reply, client.execute(command, {}));
         out[command] = std::move(reply);
     }
@@ -79,6 +79,37 @@ void print_servers(const json::object& daemon) {
     if (rows.size() > 1) std::fputs(table(rows).c_str(), stdout);
 }
 
+bool flag_of(const json::object& object, std::string_view key) {
+    const json::value* v = object.if_contains(key);
+    return v && v->is_bool() && v->get_bool();
+}
+
+void print_files(const json::object& daemon) {
+    for (const json::value& item : list_of(daemon, "query-fuse-exports")) {
+        const json::object& file = item.get_object();
+        uint64_t requests = 0, read = 0, written = 0;
+        size_t busy = 0;
+        for (const json::value& q : list_of(file, "queues")) {
+            const json::object& queue = q.get_object();
+            requests += number_of(queue, "requests");
+            read += number_of(queue, "bytes-read");
+            written += number_of(queue, "bytes-written");
+            busy += number_of(queue, "requests") != 0;
+        }
+        std::printf("FUSE export %s on %s: %s%s; open %llu times; %llu requests in %zu of %zu queues",
+                    text_of(file, "id").c_str(), text_of(file, "mountpoint").c_str(),
+                    text_of(file, "transport-reason").c_str(),
+                    flag_of(file, "passthrough") ? ", data passed through by the kernel" : "",
+                    static_cast<unsigned long long>(number_of(file, "open-files")),
+                    static_cast<unsigned long long>(requests), busy, list_of(file, "queues").size());
+        std::printf(", %s read, %s written; %s; %s\n", readable_size(read).c_str(), readable_size(written).c_str(),
+                    flag_of(file, "allow-other") ? "for other users, too" : "for this user alone",
+                    flag_of(file, "kept-for-restart")
+                        ? "survives a restart"
+                        : ("does not survive a restart: " + text_of(file, "kept-reason")).c_str());
+    }
+}
+
 void print_daemon(const json::object& daemon) {
     std::printf("%s\n", text_of(daemon, "socket").c_str());
     std::map<std::string, const json::object*> nodes, stats;
@@ -116,6 +147,7 @@ void print_daemon(const json::object& daemon) {
         std::fputs(table(rows).c_str(), stdout);
     }
     print_servers(daemon);
+    print_files(daemon);
     for (const json::value& item : list_of(daemon, "query-jobs")) {
         const json::object& job = item.get_object();
         std::printf("job %s (%s): %s, %llu of %llu\n", text_of(job, "id").c_str(), text_of(job, "type").c_str(),

@@ -194,6 +194,32 @@ constexpr Member kServerInfoMembers[] = {
 constinit const Type kServerInfo = struct_type("NbdServerInfo", "A running NBD server.", kServerInfoMembers);
 constinit const Type kServerInfoList = array_of(kServerInfo);
 
+constexpr Member kFuseQueueMembers[] = {
+    required("transport", kTransport, "how its requests come: classic or uring"),
+    required("loop", kStr, "the thread that answers them"),
+    required("requests", kUint64, "answered so far"),
+    required("bytes-read", kUint64, "given to readers"),
+    required("bytes-written", kUint64, "taken from writers"),
+};
+constinit const Type kFuseQueueInfo = struct_type("FuseQueueInfo", "A queue of a FUSE export.", kFuseQueueMembers);
+constinit const Type kFuseQueueInfoList = array_of(kFuseQueueInfo);
+constexpr Member kFuseInfoMembers[] = {
+    required("id", kStr, "its name"),
+    required("mountpoint", kStr, "the file that shows the node, as it was named"),
+    required("writable", kBool, "it can be written"),
+    required("growable", kBool, "writes beyond its end enlarge it"),
+    required("allow-other", kBool, "users other than the mounting one can get there"),
+    required("transport", kTransport, "how requests come: classic or uring"),
+    required("transport-reason", kStr, "why not another way"),
+    required("passthrough", kBool, "the kernel reads and writes the image's file itself: queues see no data"),
+    required("open-files", kUint64, "descriptors that programs have open"),
+    required("kept-for-restart", kBool, "clients do not notice that the daemon is killed and started again"),
+    optional("kept-reason", kStr, "", "why they would"),
+    required("queues", kFuseQueueInfoList, "in the order of the export's threads"),
+};
+constinit const Type kFuseInfo = struct_type("FuseExportInfo", "A FUSE export at work.", kFuseInfoMembers);
+constinit const Type kFuseInfoList = array_of(kFuseInfo);
+
 constexpr Command kCommands[] = {
     {"nbd-server-start", &kServerStartArguments, nullptr, "Starts an NBD server."},
     {"nbd-server-stop", &kServerStopArguments, nullptr, "Removes the exports of an NBD server and stops it."},
@@ -202,6 +228,7 @@ constexpr Command kCommands[] = {
     {"nbd-server-remove", &kServerRemoveArguments, nullptr, "Begins to remove an export, as block-export-del does.",
      kDeprecated},
     {"query-nbd-servers", nullptr, &kServerInfoList, "Lists the running NBD servers with their clients."},
+    {"query-fuse-exports", nullptr, &kFuseInfoList, "Lists the FUSE exports with their ways to the kernel."},
     {"block-export-add", &kExportOptions, nullptr, "Offers a node to others."},
     {"block-export-del", &kExportDelArguments, nullptr,
      "Begins to remove an export; BLOCK_EXPORT_DELETED tells when it is gone."},
@@ -219,6 +246,7 @@ constexpr const Type* kTypes[] = {
     &kFuseOptions,     &kRemoveMode,         &kIothreads,  &kNbdBase,
     &kNbdOptions,      &kExportOptions,      &kExportInfo, &kServerOptions,
     &kServerAddresses, &kServerAddArguments, &kClientInfo, &kServerInfo,
+    &kFuseQueueInfo,   &kFuseInfo,
 };
 
 }  // namespace

@@ -185,6 +185,13 @@ class Restart(FuseCase):
         self.assertEqual(after.st_dev, before.st_dev)
         self.assertGreaterEqual(after.st_mtime_ns, before.st_mtime_ns)
         q = self.qmp()
+        about, = q.cmd("query-fuse-exports")
+        self.assertEqual((about["id"], about["mountpoint"], about["transport"]), ("e", manager.path, "classic"))
+        self.assertTrue(about["kept-for-restart"])
+        self.assertNotIn("kept-reason", about)
+        shown = self.run_tool(gt.GANTRY, "status", "--qmp", self.path("qmp")).stdout
+        self.assertIn("survives a restart", shown)
+        self.assertIn("taken over from the process before this one", shown)
         refused = q.error("block-export-del", id="e")  # the kernel knows who has it open
         self.assertIn("still in use", refused[1])
         os.close(fd)
@@ -407,7 +414,14 @@ class Restart(FuseCase):
         manager.arguments = ["--fd-store", "off", *manager.arguments[2:]]
         manager.start()
         self.assertEqual(manager.names(), [])
+        about, = self.qmp().cmd("query-fuse-exports")
+        self.assertFalse(about["kept-for-restart"])
+        self.assertEqual(about["kept-reason"], "--fd-store=off")
         fd = self.opened(manager.path, os.O_RDWR)
+        os.pread(fd, 4096, 0)
+        queues = self.qmp().cmd("query-fuse-exports")[0]["queues"]
+        self.assertGreater(sum(queue["requests"] for queue in queues), 0)
+        self.assertEqual(sum(queue["bytes-read"] for queue in queues), 4096)
         manager.kill()
         self.remove_socket()
         self.gone(fd)

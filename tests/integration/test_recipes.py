@@ -18,7 +18,7 @@ import gantry_test as gt
 PAGES = [gt.ROOT / "README.md", gt.ROOT / "CONTRIBUTING.md", *sorted((gt.ROOT / "docs").glob("*.md"))]
 RECIPE = re.compile(r"^```sh recipe\n(.*?)^```$", re.M | re.S)
 TOOLS = ("nbdinfo", "nbdcopy", "nbdsh", "nbdkit", "nbd-client", "qemu-img", "qemu-io", "qemu-system-x86_64", "socat", "fio",
-         "systemd-socket-activate")
+         "systemd-socket-activate", "sfdisk", "debugfs", "mkfs.ext4", "unshare")
 
 
 class Recipes(gt.Case):
