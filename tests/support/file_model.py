@@ -207,7 +207,9 @@ class FileModel:
                 raise
             data = end
         hole = os.lseek(self.fd, begin, os.SEEK_HOLE)
-        if data < begin or hole < begin or (data > begin) != (hole == begin):
+        # Between the two calls zeroes that others read may become data: ext4 counts what is in its page cache.
+        alone = self.resizes
+        if data < begin or hole < begin or (alone and (data > begin) != (hole == begin)):
             self.fail(f"from {begin} on data begins at {data}, and a hole at {hole}")
         part = self.data[offset:min(data, end) - self.begin]
         if part.count(0) != len(part):
