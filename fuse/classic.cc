@@ -29,7 +29,9 @@ constexpr uint32_t kHandsFull = 16;
 constexpr uint32_t kBytesThatCountAsOne = 64 << 10;
 /// A queue that was called and wakes up so often for nothing, or for a single request, is not needed.
 constexpr uint32_t kVainWakes = 8;
-constexpr uint32_t kLoneWakes = 64;
+constexpr uint32_t kLoneWakes = 16;
+/// How long the next request of a lone client may take while it is polled for.
+constexpr std::chrono::nanoseconds kNextRequest{20'000};
 
 }  // namespace
 
@@ -49,6 +51,12 @@ void ClassicQueues::call_another() {
     }
 }
 
+uint64_t ClassicQueues::answered() const {
+    uint64_t sum = 0;
+    for (const auto& queue : all) sum += queue->counters().requests.load(std::memory_order_relaxed);
+    return sum;
+}
+
 ClassicQueue::ClassicQueue(Loop& loop, int fd, size_t index, FileService& service, block::Channel& channel,
                            ClassicQueues& siblings)
     : loop_(loop),
@@ -57,7 +65,7 @@ ClassicQueue::ClassicQueue(Loop& loop, int fd, size_t index, FileService& servic
       service_(service),
       channel_(channel),
       siblings_(siblings),
-      lone_(loop),
+      follower_(loop),
       called_(index == 0) {}
 
 ClassicQueue::~ClassicQueue() { CHECK(out_ == 0, "a queue is destroyed when all its requests are answered"); }
@@ -97,7 +105,7 @@ Task<QueueEnd> ClassicQueue::run() {
         }
     }
     co_await scope_.join();
-    lone_.several();
+    follower_.stop();
     co_return end_;
 }
 
@@ -210,21 +218,64 @@ void ClassicQueue::reply(Slot& slot) {
 uint32_t ClassicQueue::note_pause() {
     const uint32_t done = std::exchange(in_a_row_, 0);
     calls_made_ = load_ = 0;
-    lone_wakes_ = done == 1 && out_ <= 1 ? lone_wakes_ + 1 : 0;
     if (done == 1 && out_ <= 1) {
-        lone_.one(last_pid_);
-    } else if (done > 1) {
-        lone_.several();
+        ++lone_wakes_;
+        note_lone();
+    } else if (done > 0) {
+        lone_wakes_ = 0;
+        note_several();
     }
     return done;
+}
+
+void ClassicQueue::note_lone() {
+    lone_.one();
+    if (index_ != 0) return;
+    if (siblings_.several_.load(std::memory_order_relaxed)) {
+        siblings_.several_.store(false, std::memory_order_relaxed);
+        note_several();
+    }
+    if (!lone_.sure()) return;
+    Tactics& tactics = siblings_.tactics_;
+    const Tactic tactic = tactics.next(siblings_.answered(), loop_.turn_time());
+    const bool pair = tactic == Tactic::kPair;
+    if (pair != siblings_.paired_.load(std::memory_order_relaxed)) siblings_.paired_.store(pair);
+    if (tactic != Tactic::kFollow) follower_.stop();
+    switch (tactic) {
+        case Tactic::kFollow:
+            if (!follower_.follow(last_pid_)) tactics.forbid(tactic);
+            break;
+        case Tactic::kPair:
+            if (siblings_.all.size() < 2) {
+                tactics.forbid(tactic);
+            } else if (!siblings_.all[1]->waits()) {
+                siblings_.call_another();
+            }
+            break;
+        case Tactic::kPoll:
+            loop_.expect_soon(kNextRequest);
+            break;
+    }
+}
+
+void ClassicQueue::note_several() {
+    lone_.several();
+    if (index_ != 0) {
+        siblings_.several_.store(true, std::memory_order_relaxed);
+        return;
+    }
+    follower_.stop();
+    siblings_.tactics_.reset();
+    if (siblings_.paired_.load(std::memory_order_relaxed)) siblings_.paired_.store(false);
 }
 
 /// Nothing is there to be read: whether this queue is needed.
 bool ClassicQueue::worth_staying() {
     vain_ = note_pause() == 0 ? vain_ + 1 : 0;
-    if (index_ == 0 || (vain_ < kVainWakes && lone_wakes_ < kLoneWakes)) return true;
+    if (index_ == 0) return true;
+    if (index_ == 1 && siblings_.paired_.load(std::memory_order_relaxed)) return true;
+    if (vain_ < kVainWakes && lone_wakes_ < kLoneWakes) return true;
     vain_ = lone_wakes_ = 0;
-    lone_.several();
     called_.store(false);
     return false;
 }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "fuse/queue.h"
+#include "fuse/tactics.h"
 #include "runtime/buffer.h"
 #include "runtime/io.h"
 #include "runtime/sync.h"
@@ -23,6 +24,13 @@ class ClassicQueues {
 
     /// Lets one more queue wait for requests.
     void call_another();
+
+  private:
+    friend class ClassicQueue;
+    uint64_t answered() const;
+    Tactics tactics_;                   // of the first queue
+    std::atomic<bool> paired_{false};   // the second queue stays although one would do
+    std::atomic<bool> several_{false};  // another queue than the first had several requests at once
 };
 
 /// Own loop only, unless said otherwise.
@@ -53,6 +61,8 @@ class ClassicQueue {
     Task<void> wait_for_request();
     Task<void> wait_for_call();
     uint32_t note_pause();
+    void note_lone();
+    void note_several();
     bool worth_staying();
     Slot* take_slot();
     void give_back(Slot* slot);
@@ -65,6 +75,7 @@ class ClassicQueue {
     ClassicQueues& siblings_;
     QueueCounters counters_;
     LoneClient lone_;
+    Follower follower_;
     TaskScope scope_;
     std::vector<std::unique_ptr<Slot>> slots_;
     std::vector<Slot*> free_;

@@ -36,36 +36,42 @@ struct QueueCounters {
     }
 };
 
-/// Watches whether requests come one by one, each only after the one before was answered, and then keeps the loop's
-/// thread on the CPU of whoever sends them: waking another CPU up twice costs several times what such a request does.
-/// Own loop only.
+/// Watches whether requests come one by one, each only after the one before was answered. Own loop only.
 class LoneClient {
   public:
-    explicit LoneClient(Loop& loop) : loop_(loop) {}
-    ~LoneClient() { several(); }
-    LoneClient(const LoneClient&) = delete;
-
-    /// A request of the thread `pid` was answered, and none was waiting behind it.
-    void one(uint32_t pid);
+    /// A request was answered, and none was waiting behind it.
+    void one() { ++streak_; }
     /// There was more to do at once.
-    void several();
-    /// To be asked for each request. Of one that was there at once while its CPU is followed: whether this thread had
-    /// to let somebody else run since the request before, who may well have been the client.
-    bool came_meanwhile();
+    void several() { streak_ = 0; }
     /// Several in a row came one by one.
     bool likely() const { return streak_ >= kFew; }
+    bool sure() const { return streak_ >= kMany; }
+    /// To be asked for each request. Of one that was there at once: whether this thread had to let somebody else run
+    /// since the request before, who may well have been the client, woken by the reply.
+    bool came_meanwhile();
 
   private:
-    static constexpr uint32_t kFew = 16;
-    void look(uint32_t pid);
-
-    Loop& loop_;
-    bool following_ = false;
+    static constexpr uint32_t kFew = 16, kMany = 64;
     uint32_t streak_ = 0;
-    uint32_t next_look_ = 64;
-    uint32_t patience_ = 64;  // requests before the next attempt; grows when it did not last
-    uint64_t turns_at_look_ = 0;
     int64_t preemptions_ = 0;
+};
+
+/// Keeps a loop on the CPU of its lone client. Own loop only.
+class Follower {
+  public:
+    explicit Follower(Loop& loop) : loop_(loop) {}
+    ~Follower() { stop(); }
+    Follower(const Follower&) = delete;
+    /// For each request of the client's thread `pid`: looks where it runs, now and then. False: it cannot be followed,
+    /// or the loop has others to serve.
+    bool follow(uint32_t pid);
+    void stop();
+
+  private:
+    Loop& loop_;
+    bool active_ = false;
+    uint32_t since_look_ = 0;
+    uint64_t turns_at_look_ = 0;
 };
 
 }  // namespace gantry::fuse

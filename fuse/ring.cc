@@ -77,7 +77,7 @@ struct RingQueue::Entry {
 
 RingQueue::RingQueue(Loop& loop, int fd, std::vector<uint16_t> cpus, RingShape shape, FileService& service,
                      block::Channel& channel)
-    : loop_(loop), fd_(fd), service_(service), channel_(channel), lone_(loop), max_write_(shape.max_write) {
+    : loop_(loop), fd_(fd), service_(service), channel_(channel), follower_(loop), max_write_(shape.max_write) {
     for (const uint16_t cpu : cpus) {
         for (unsigned i = 0; i < shape.entries; ++i) entries_.push_back(std::make_unique<Entry>(cpu, shape.max_write));
     }
@@ -88,7 +88,7 @@ RingQueue::~RingQueue() { CHECK(busy_ == 0, "a queue is destroyed when all its r
 Task<void> RingQueue::run() {
     for (const auto& entry : entries_) scope_.spawn(serve(entry.get()));
     co_await scope_.join();
-    lone_.several();
+    follower_.stop();
 }
 
 Task<void> RingQueue::stop() {
@@ -147,10 +147,12 @@ Task<void> RingQueue::answer(Entry* entry) {
         co_await service_.answer(call, channel_);
     }
     counters_.count(call);
-    if (lone) {
-        lone_.one(call.header.pid);
-    } else {
+    if (!lone) {
         lone_.several();
+        follower_.stop();
+    } else if (lone_.one(); lone_.sure()) {
+        // Its CPU's queue is answered on that CPU.
+        (void)follower_.follow(call.header.pid);
     }
     const uint32_t size = call.error == 0 ? call.reply_size : 0;
     if (size > 0 && !call.in_room) std::memcpy(call.room, &call.body, size);

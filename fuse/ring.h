@@ -54,6 +54,7 @@ class RingQueue {
     block::Channel& channel_;
     QueueCounters counters_;
     LoneClient lone_;
+    Follower follower_;
     std::vector<std::unique_ptr<Entry>> entries_;
     TaskScope scope_;
     uint32_t max_write_;
