@@ -49,7 +49,9 @@ bool abort_connection(const fuse::MountEntry& mount) {
 
 Result<> unmount(const std::string& file, bool force) {
     TRY(const fuse::MountEntry mount, mount_at(file));
-    const fuse::ServerState state = fuse::probe(mount);
+    UniqueFd root = fuse::open_root(mount);
+    const fuse::ServerState state = root ? fuse::probe(mount, root.get()) : fuse::ServerState::kAnswers;
+    root.reset();  // it would be a user
     if (state == fuse::ServerState::kSilent && force) (void)abort_connection(mount);
     // Nobody loses anything by an unmount of what is gone.
     Result<> done = fuse::unmount_entry(mount, force || state == fuse::ServerState::kGone);

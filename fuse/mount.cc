@@ -1,5 +1,7 @@
 #include "fuse/mount.h"
 
+#include <poll.h>
+
 #include <algorithm>
 #include <optional>
 
@@ -23,6 +25,12 @@ Result<std::optional<MountEntry>> find_mount(uint64_t device) {
         if (!found) found = std::move(mount);
     }
     return found;
+}
+
+/// The kernel still sends requests to the descriptor; -1: it does not.
+bool connected(int fd) {
+    pollfd ready{fd, POLLIN, 0};
+    return fd >= 0 && ::poll(&ready, 1, 0) >= 0 && !(ready.revents & (POLLERR | POLLHUP | POLLNVAL));
 }
 
 /// clean_stale_mounts() beside everything else: a mount whose server is silent takes it a second.
@@ -122,7 +130,11 @@ Task<Result<>> Mount::unmount(bool hard) {
 Result<> Mount::unmount_blocking(bool hard) {
     if (!mounted_) return {};
     TRY(const std::optional<MountEntry> entry, find_mount(device_));
-    if (entry && is_on_top(*entry)) {
+    if (entry && !connected(fd_.get())) {
+        // Somebody has unmounted it, or the connection was aborted: the number may be that of another mount by now.
+        const UniqueFd root = open_root(*entry);
+        if (root && probe(*entry, root.get()) == ServerState::kGone) CHECK_OK(detach(*entry, root.get()));
+    } else if (entry && is_on_top(*entry)) {
         CHECK_OK(unmount_entry(*entry, hard));
     } else if (entry) {
         log::warn("'{}' is covered by a mount of somebody else: FUSE export '{}' stays mounted below it", entry->path,
@@ -140,8 +152,7 @@ void Mount::forget() {
 
 Mount::~Mount() {
     if (!left_) {
-        // Nobody answers any more: what the kernel still wants ends with the descriptor.
-        fd_.reset();
+        // Lazily: this waits for no answer of ours.
         if (const Result<> gone = unmount_blocking(true); !gone) {
             log::warn("FUSE export '{}' stays mounted: {}", export_id_, gone.error().message());
         }

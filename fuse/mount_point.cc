@@ -55,14 +55,15 @@ Result<UniqueFd> open_uncovered(const std::string& path) {
         }
         const std::optional<MountEntry> mount = gantry_mount_at(place);
         if (!mount) return fd;
-        fd.reset();
-        if (probe(*mount) != ServerState::kGone) {
+        const ServerState state = probe(*mount, fd.get());
+        if (!is_on_top(*mount)) continue;  // somebody else has just cleaned it away
+        if (state != ServerState::kGone) {
             return fail(ErrorKind::kExists,
                         "There already is a FUSE export on '{}'; another process serves it: end that, or take another "
                         "mount point",
                         path);
         }
-        CHECK_OK(unmount_entry(*mount, true));
+        CHECK_OK(detach(*mount, fd.get()));
         log::info("unmounted '{}', which a daemon that is gone has left behind", path);
     }
     return fail(ErrorKind::kBusy, "'{}' is covered by many mounts of daemons that are gone", path);

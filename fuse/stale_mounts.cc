@@ -54,20 +54,18 @@ constexpr int kChildAnswers = 0, kChildGone = 1, kChildFailed = 2;
 /// One mount's server, asked from the constructor on.
 class Question {
   public:
-    explicit Question(const MountEntry& mount) : mount_(mount) {
-        UniqueFd fd(::open(mount.path.c_str(), O_PATH | O_NOFOLLOW | O_CLOEXEC));
+    /// `fd`: O_PATH, of its root.
+    Question(const MountEntry& mount, int fd) : mount_(mount) {
         int ends[2];
-        if (!fd || ::pipe2(ends, O_CLOEXEC) != 0) return;
+        if (::pipe2(ends, O_CLOEXEC) != 0) return;
         ended_.reset(ends[0]);
         const UniqueFd writing(ends[1]);
-        const auto place = place_of(fd.get());
-        if (!place || place->device != mount.device) return;
         const uint64_t uid = option_number(mount.options, "user_id", 0);
         const uint64_t gid = option_number(mount.options, "group_id", 0);
-        const int mount_fd = fd.get(), pipe_fd = writing.get();
+        const int pipe_fd = writing.get();
         const pid_t parent = ::getpid();
         child_ = ::fork();
-        if (child_ == 0) ask_server(parent, mount_fd, pipe_fd, uid, gid);
+        if (child_ == 0) ask_server(parent, fd, pipe_fd, uid, gid);
     }
     const MountEntry& mount() const { return mount_; }
 
@@ -103,31 +101,52 @@ bool is_ours_to_clean(const MountEntry& mount) {
            (::geteuid() == 0 || option_number(mount.options, "user_id", ~uint64_t{0}) == ::geteuid());
 }
 
+bool is_same(const Place& place, const MountEntry& mount) {
+    return place.device == mount.device && (place.mount_id == 0 || place.mount_id == mount.id);
+}
+
 }  // namespace
 
 bool is_on_top(const MountEntry& mount) {
     const auto place = place_of(mount.path, false);
-    return place && place->device == mount.device && (place->mount_id == 0 || place->mount_id == mount.id);
+    return place && is_same(*place, mount);
 }
 
-ServerState probe(const MountEntry& mount, std::chrono::milliseconds patience) {
-    Question question(mount);
-    return question.answer(std::chrono::steady_clock::now() + patience);
+UniqueFd open_root(const MountEntry& mount) {
+    UniqueFd fd(::open(mount.path.c_str(), O_PATH | O_NOFOLLOW | O_CLOEXEC));
+    const auto place = fd ? place_of(fd.get()) : Result<Place>(std::unexpected(Error::from_errno(errno, mount.path)));
+    return place && is_same(*place, mount) ? std::move(fd) : UniqueFd();
+}
+
+ServerState probe(const MountEntry& mount, int fd, std::chrono::milliseconds patience) {
+    return Question(mount, fd).answer(std::chrono::steady_clock::now() + patience);
+}
+
+Result<> detach(const MountEntry& mount, int fd) {
+    if (::umount2(fmt::format("/proc/self/fd/{}", fd).c_str(), MNT_DETACH) == 0) return {};
+    const int e = errno;
+    if (!is_on_top(mount)) return {};
+    if (e != EPERM) return fail_errno(e, "Cannot unmount '{}'", mount.path);
+    Result<> helped = helper_unmount(mount.path, true);
+    if (helped || !is_on_top(mount)) return {};
+    return std::unexpected(std::move(helped).error().context(fmt::format("Cannot unmount '{}'", mount.path)));
 }
 
 Result<> unmount_entry(const MountEntry& mount, bool lazy) {
-    if (::umount2(mount.path.c_str(), UMOUNT_NOFOLLOW | (lazy ? MNT_DETACH : 0)) == 0) return {};
+    if (lazy) {
+        const UniqueFd fd = open_root(mount);
+        return fd ? detach(mount, fd.get()) : Result<>();
+    }
+    if (!is_on_top(mount) || ::umount2(mount.path.c_str(), UMOUNT_NOFOLLOW) == 0) return {};
     const int e = errno;
     if (e == EBUSY) {
         return std::unexpected(
             Error(ErrorKind::kBusy, fmt::format("'{}' is in use; somebody has it open", mount.path), EBUSY));
     }
-    if (e != EPERM) return fail_errno(e, "Cannot unmount '{}'", mount.path);
-    Result<> helped = helper_unmount(mount.path, lazy);
-    if (!helped) {
-        return std::unexpected(std::move(helped).error().context(fmt::format("Cannot unmount '{}'", mount.path)));
-    }
-    return {};
+    if (e != EPERM) return is_on_top(mount) ? fail_errno(e, "Cannot unmount '{}'", mount.path) : Result<>();
+    Result<> helped = helper_unmount(mount.path, false);
+    if (helped || !is_on_top(mount)) return {};
+    return std::unexpected(std::move(helped).error().context(fmt::format("Cannot unmount '{}'", mount.path)));
 }
 
 bool stale_mounts_looked_for() { return looked_for.load(); }
@@ -139,18 +158,22 @@ size_t clean_stale_mounts() {
     for (int round = 0; round < 16; ++round) {
         const std::vector<MountEntry> mounts = read_mountinfo().value_or(std::vector<MountEntry>());
         std::vector<Question> questions;
+        std::vector<UniqueFd> roots;  // held: numbers of mounts are used again
         for (const MountEntry& mount : mounts) {
             if (questions.size() >= kMostQuestions) break;
-            if (!is_ours_to_clean(mount) || OwnMounts::process().server_of(mount.device) || !is_on_top(mount)) continue;
-            questions.emplace_back(mount);
+            if (!is_ours_to_clean(mount) || OwnMounts::process().server_of(mount.device)) continue;
+            UniqueFd root = open_root(mount);
+            if (!root) continue;
+            questions.emplace_back(mount, root.get());
+            roots.push_back(std::move(root));
         }
         // The kernel answers at once for those who are gone.
         const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(300);
         size_t now = 0;
-        for (Question& question : questions) {
-            if (question.answer(deadline) != ServerState::kGone) continue;
-            const std::string& path = question.mount().path;
-            const Result<> gone = unmount_entry(question.mount(), true);
+        for (size_t i = 0; i < questions.size(); ++i) {
+            if (questions[i].answer(deadline) != ServerState::kGone || !is_on_top(questions[i].mount())) continue;
+            const std::string& path = questions[i].mount().path;
+            const Result<> gone = detach(questions[i].mount(), roots[i].get());
             if (gone) {
                 ++now;
                 log::info("unmounted '{}', which a daemon that is gone has left behind", path);

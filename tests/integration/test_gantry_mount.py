@@ -2,7 +2,6 @@
 """gantry mount and gantry umount: an image as a file, for a person or a script."""
 # One configuration: nothing of it depends on how loops do their I/O.
 
-import errno
 import os
 import pathlib
 import re
@@ -305,10 +304,10 @@ class Umount(Tool):
         process = self.start(self.make_image("qcow2", SIZE), "file")
         process.kill()
         process.wait()
-        with self.assertRaises(OSError) as caught:
-            os.stat(self.path("file"))
-        self.assertIn(caught.exception.errno, (errno.ENOTCONN, errno.ECONNABORTED))
-        self.gantry("umount", "file")
+        done = self.gantry("umount", "file", status=None)
+        # A daemon of another test that starts just now may have cleaned it away.
+        self.assertTrue(done.returncode == 0 or "is no file that gantry shows" in done.stderr, done.stderr)
+        self.assertEqual(fuse_guard.mounts(self.path("file")), [])
         self.assertEqual(os.stat(self.path("file")).st_size, 0)
 
     def test_of_a_daemon_that_hangs(self):

@@ -59,6 +59,13 @@ struct MountFixture {
     std::string file = make("disk.raw");
 };
 
+ServerState asked(MountFixture& f) {
+    const MountEntry entry = f.on(f.file).at(0);
+    const UniqueFd root = open_root(entry);
+    REQUIRE(root);
+    return probe(entry, root.get(), std::chrono::milliseconds(200));
+}
+
 }  // namespace
 
 TEST_CASE("mount: a file is covered, seen by its kind and source, and uncovered", "[fuse][mount][root]") {
@@ -219,7 +226,7 @@ TEST_CASE("mount: what a daemon that is gone has left is cleaned, and mounted ov
     (*mount)->leave();
     mount->reset();  // nobody has the descriptor now
     REQUIRE(f.on(f.file).size() == 1);
-    CHECK(probe(f.on(f.file)[0]) == ServerState::kGone);
+    CHECK(asked(f) == ServerState::kGone);
     SECTION("by the one who looks for all") {
         clean_stale_mounts();
         CHECK(f.on(f.file).empty());
@@ -231,13 +238,29 @@ TEST_CASE("mount: what a daemon that is gone has left is cleaned, and mounted ov
     }
 }
 
+TEST_CASE("mount: a mount that has taken the place and the numbers of one that was unmounted stays",
+          "[fuse][mount][root]") {
+    if (!may_mount()) return;
+    MountFixture f;
+    auto first = f.mount(f.file, "first");
+    REQUIRE(first);
+    REQUIRE(::umount2(f.file.c_str(), 0) == 0);
+    // By another process, as it were: nothing here knows of it.
+    const UniqueFd device(::open("/dev/fuse", O_RDWR | O_CLOEXEC));
+    const std::string options = "fd=" + std::to_string(device.get()) + ",rootmode=100000,user_id=0,group_id=0";
+    REQUIRE(::mount("gantry:first", f.file.c_str(), "fuse.gantry", 0, options.c_str()) == 0);
+    CHECK(f.rt.run((*first)->unmount(true)));
+    first->reset();
+    CHECK(f.on(f.file).size() == 1);
+}
+
 TEST_CASE("mount: a silent server of another process is left alone", "[fuse][mount][root]") {
     if (!may_mount()) return;
     MountFixture f;
     auto mount = f.mount(f.file);
     REQUIRE(mount);
     const auto before = std::chrono::steady_clock::now();
-    CHECK(probe(f.on(f.file)[0], std::chrono::milliseconds(100)) == ServerState::kSilent);
+    CHECK(asked(f) == ServerState::kSilent);
     CHECK(std::chrono::steady_clock::now() - before < std::chrono::seconds(5));
 }
 
