@@ -279,7 +279,16 @@ class FuseCase(Case):
                              json.dumps({**options, **ours}))
         mounted = Mounted(self, daemon, image, node, mountpoint, id)
         wait_for(mounted.is_mounted, f"the mount on {mountpoint}")
+        if ours:
+            self.check_transport(mounted, transport, passthrough)
         return mounted
+
+    def check_transport(self, mounted, transport, passthrough):
+        """What was asked for is what is in use."""
+        (about,) = mounted.qmp.cmd("query-fuse-exports")
+        self.assertEqual(about["passthrough"], passthrough, about)
+        if transport and gantryd_is_on_io_uring():
+            self.assertEqual(about["transport"], transport, about)
 
     def add_export(self, mounted, name="file2", id="e2", **options):
         """One more file of the same node."""
@@ -310,13 +319,17 @@ class FuseCase(Case):
         self.fail(f"returned {value!r}; wanted {' or '.join(errno.errorcode[n] for n in wanted)}")
 
 
+def gantryd_is_on_io_uring():
+    return os.environ.get("GANTRY_TEST_IO_BACKEND") != "epoll"
+
+
 def transports(form):
     """What mount() takes for each way that data can go, by name. `uring` needs uring_enabled()."""
     found = {"classic": {"transport": "classic"} if IS_GANTRY else {}}
     if IS_GANTRY:
         found["queues"] = {"transport": "classic", "iothreads": 3}
     # The others are the same whatever the back end; io_uring has to be it for one of them.
-    if IS_GANTRY and (SOAK or os.environ.get("GANTRY_TEST_IO_BACKEND") != "epoll"):
+    if IS_GANTRY and (SOAK or gantryd_is_on_io_uring()):
         found["uring"] = {"transport": "uring"}
         if form == "raw":
             found["passthrough"] = {"passthrough": True}
