@@ -8,67 +8,92 @@ namespace {
 
 /// Polling takes a CPU that others may want: it must be so much better.
 constexpr std::array<double, kTactics> kWorth = {1.0, 1.0, 0.7};
+/// How much a new measurement counts.
+constexpr double kFresh = 0.4;
+/// So much better must another one be than the best so far.
+constexpr double kMargin = 1.05;
+
+constexpr size_t index_of(Tactic tactic) { return static_cast<size_t>(tactic); }
 
 }  // namespace
 
 void Tactics::forbid(Tactic tactic) {
-    forbidden_[static_cast<size_t>(tactic)] = true;
+    forbidden_[index_of(tactic)] = true;
+    rate_[index_of(tactic)] = 0;
     if (current_ == tactic) next_step_ = 0;
 }
 
 void Tactics::reset() {
-    started_ = measuring_ = decided_ = false;
+    started_ = false;
+    first_trials_ = kTactics;
+    keep_ = kKeepLeast;
     forbidden_ = {};
-    current_ = Tactic::kFollow;
 }
 
-/// The next trial, of the first tactic from `index` on that may be used; the decision when there is none.
-void Tactics::try_from(size_t index, uint64_t answered) {
-    while (index < kTactics && forbidden_[index]) rate_[index++] = 0;
-    if (index == kTactics) return decide(answered);
-    current_ = static_cast<Tactic>(index);
-    measuring_ = decided_ = false;
+void Tactics::use(Tactic tactic, uint64_t answered, uint64_t requests) {
+    current_ = tactic;
+    measuring_ = false;
+    requests_ = requests;
     next_step_ = answered + kSettle;
 }
 
-void Tactics::decide(uint64_t answered) {
-    size_t best = static_cast<size_t>(Tactic::kPoll);
+void Tactics::note(Clock::time_point now, uint64_t answered) {
+    const size_t i = index_of(current_);
+    const double seconds = std::max(std::chrono::duration<double>(now - begun_).count(), 1e-9);
+    const double rate = kWorth[i] * static_cast<double>(answered - begun_at_) / seconds;
+    rate_[i] = rate_[i] == 0 ? rate : (1 - kFresh) * rate_[i] + kFresh * rate;
+}
+
+void Tactics::choose() {
+    Tactic best = forbidden_[index_of(best_)] ? Tactic::kPoll : best_;
     for (size_t i = 0; i < kTactics; ++i) {
-        if (!forbidden_[i] && (forbidden_[best] || rate_[i] > rate_[best])) best = i;
+        if (!forbidden_[i] && rate_[i] > kMargin * rate_[index_of(best)]) best = static_cast<Tactic>(i);
     }
-    current_ = static_cast<Tactic>(best);
-    measuring_ = false;
-    decided_ = true;
-    next_step_ = answered + kKeep;
+    keep_ = best == best_ ? std::min(keep_ * 2, kKeepMost) : kKeepLeast;
+    best_ = best;
+}
+
+/// The next one to be tried that is not the best.
+Tactic Tactics::other() const {
+    size_t i = index_of(tried_);
+    do {
+        i = (i + 1) % kTactics;
+    } while (static_cast<Tactic>(i) == best_);
+    return static_cast<Tactic>(i);
 }
 
 Tactic Tactics::next(uint64_t answered, Clock::time_point now) {
-    if (!started_ || (decided_ && answered >= next_step_ && !forbidden_[static_cast<size_t>(current_)])) {
+    if (!started_) {
         started_ = true;
-        forbidden_ = {};
-        try_from(0, answered);
+        tried_ = Tactic::kFollow;
+        use(tried_, answered, kMeasure);
         return current_;
     }
-    const auto index = static_cast<size_t>(current_);
-    if (forbidden_[index]) {
-        if (decided_) {
-            decide(answered);
-        } else {
-            try_from(index + 1, answered);
-        }
-        return current_;
-    }
-    if (decided_ || answered < next_step_) return current_;
-    if (!measuring_) {
+    const bool useless = forbidden_[index_of(current_)];
+    if (!useless && answered < next_step_) return current_;
+    if (!useless && !measuring_) {
         measuring_ = true;
         begun_at_ = answered;
         begun_ = now;
-        next_step_ = answered + kMeasure;
+        next_step_ = answered + requests_;
         return current_;
     }
-    const double seconds = std::max(std::chrono::duration<double>(now - begun_).count(), 1e-9);
-    rate_[index] = kWorth[index] * static_cast<double>(answered - begun_at_) / seconds;
-    try_from(index + 1, answered);
+    if (!useless) note(now, answered);
+    if (first_trials_ > 0 && --first_trials_ > 0) {
+        tried_ = static_cast<Tactic>(kTactics - first_trials_);
+        use(tried_, answered, kMeasure);
+        return current_;
+    }
+    const bool was_best = current_ == best_ && !useless;
+    choose();
+    if (was_best && current_ == best_) {
+        // What could not be used may be possible now.
+        tried_ = other();
+        forbidden_[index_of(tried_)] = false;
+        use(tried_, answered, kMeasure);
+    } else {
+        use(best_, answered, keep_);
+    }
     return current_;
 }
 

@@ -19,33 +19,42 @@ enum class Tactic : uint8_t {
 };
 constexpr size_t kTactics = 3;
 
-/// Tries each for a short while, goes on with the best, and looks again now and then. One loop only; no clock, no
+/// Tries each for a short while, goes on with the best, and tries one of the others now and then: more rarely while
+/// that changes nothing. What is measured over so few requests is noisy, so it is averaged. One loop only; no clock, no
 /// system call of its own.
 class Tactics {
   public:
-    /// Requests until a tactic counts, requests it is measured over, and for how many the best one is kept.
-    static constexpr uint64_t kSettle = 128, kMeasure = 384, kKeep = 65536;
+    /// Requests until a tactic counts, and requests it is measured over.
+    static constexpr uint64_t kSettle = 64, kMeasure = 256;
+    /// For how many requests the best one is used between two trials, at least and at most.
+    static constexpr uint64_t kKeepLeast = 2048, kKeepMost = 32768;
 
-    /// A tactic that cannot be used is not tried (until the next time that all are tried).
+    /// A tactic that cannot be used is not tried for a while.
     void forbid(Tactic tactic);
     /// The one to be used now. `answered`: requests so far, of all loops; `now`: the time, at least roughly.
     Tactic next(uint64_t answered, Clock::time_point now);
-    /// The client is not alone any more: what was measured counts no longer.
+    /// The client is not alone any more; what was measured is a hint for the next time.
     void reset();
-    Tactic current() const { return current_; }
-    /// The trials are over; what is used now is the best.
-    bool decided() const { return decided_; }
+    Tactic best() const { return best_; }
+    /// Every tactic has been tried.
+    bool decided() const { return first_trials_ == 0; }
 
   private:
-    void try_from(size_t index, uint64_t answered);
-    void decide(uint64_t answered);
+    void use(Tactic tactic, uint64_t answered, uint64_t requests);
+    void note(Clock::time_point now, uint64_t answered);
+    void choose();
+    Tactic other() const;
 
-    std::array<double, kTactics> rate_{};  // requests a second, weighted
+    std::array<double, kTactics> rate_{};  // requests a second, weighted and averaged; 0: not known
     std::array<bool, kTactics> forbidden_{};
+    Tactic best_ = Tactic::kFollow;
     Tactic current_ = Tactic::kFollow;
+    Tactic tried_ = Tactic::kFollow;  // the last trial
+    size_t first_trials_ = kTactics;  // left
     bool started_ = false;
     bool measuring_ = false;
-    bool decided_ = false;
+    uint64_t keep_ = kKeepLeast;
+    uint64_t requests_ = 0;   // of this use
     uint64_t next_step_ = 0;  // in requests answered
     uint64_t begun_at_ = 0;
     Clock::time_point begun_{};
