@@ -35,6 +35,9 @@ std::string open_hint(const OpenRequest& rq, int e) {
                 if (::getcwd(cwd, sizeof cwd)) return fmt::format("; relative to the working directory '{}'", cwd);
             }
             return "";
+        case ENOTCONN:
+            return fmt::format("; a daemon that is gone has left its mount there: 'gantry umount {}' removes it",
+                               rq.filename);
         case EMFILE:
             return "; raise the limit of open files (LimitNOFILE=, ulimit -n)";
         default:

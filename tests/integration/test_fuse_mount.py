@@ -368,6 +368,21 @@ class Stale(MountCase):
         self.assertEqual(os.stat(at.path).st_size, MIB)
         self.assertEqual(len(fuse_guard.mounts(at.path)), 1)
 
+    def test_opening_what_lies_below(self):
+        """Without an export nobody cleans; the error says how to."""
+        require_gantry("a hint of ours")
+        image = self.make_image("raw", SIZE)
+        at = self.leave(image=image, mountpoint=image)
+        daemon = self.daemon()
+        try:
+            daemon.qmp.cmd("blockdev-add", {"driver": "file", "node-name": "below", "filename": image})
+            self.assertFalse(at.is_mounted(), "a daemon of another test has cleaned it away, else it cannot be opened")
+        except gantry_test.QmpError as error:
+            self.assertIn(f"Transport endpoint is not connected; a daemon that is gone has left its mount there: 'gantry umount {image}'",
+                          error.desc)
+        self.run_tool(gantry_test.GANTRY, "umount", image, check=False)
+        self.assertFalse(at.is_mounted())
+
     def test_by_the_way(self):
         """An export elsewhere has them cleaned, too."""
         require_gantry("the reference cannot")

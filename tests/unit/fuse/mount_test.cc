@@ -68,7 +68,7 @@ ServerState asked(MountFixture& f) {
 
 }  // namespace
 
-TEST_CASE("mount: a file is covered, seen by its kind and source, and uncovered", "[fuse][mount][root]") {
+TEST_CASE("mount: a file is covered, seen by its kind and source, and uncovered", "[fuse][mount][root][once]") {
     if (!may_mount()) return;
     MountFixture f;
     {
@@ -109,7 +109,7 @@ TEST_CASE("mount: what is no regular file is refused with what it is", "[fuse][m
     CHECK(!f.mount("/dev/null"));
 }
 
-TEST_CASE("mount: a file is covered once, whatever the name it is reached by", "[fuse][mount][root]") {
+TEST_CASE("mount: a file is covered once, whatever the name it is reached by", "[fuse][mount][root][once]") {
     if (!may_mount()) return;
     MountFixture f;
     auto first = f.mount(f.file);
@@ -130,7 +130,7 @@ TEST_CASE("mount: a file is covered once, whatever the name it is reached by", "
     CHECK(f.on(f.file).size() == 1);
 }
 
-TEST_CASE("mount: a symbolic link stays, its target is covered", "[fuse][mount][root]") {
+TEST_CASE("mount: a symbolic link stays, its target is covered", "[fuse][mount][root][once]") {
     if (!may_mount()) return;
     MountFixture f;
     const std::string link = f.dir.file("link");
@@ -143,7 +143,8 @@ TEST_CASE("mount: a symbolic link stays, its target is covered", "[fuse][mount][
     CHECK(f.on(f.file).empty());
 }
 
-TEST_CASE("mount: a safe unmount is refused while somebody has the file, a hard one is not", "[fuse][mount][root]") {
+TEST_CASE("mount: a safe unmount is refused while somebody has the file, a hard one is not",
+          "[fuse][mount][root][once]") {
     if (!may_mount()) return;
     MountFixture f;
     auto mount = f.mount(f.file);
@@ -157,7 +158,7 @@ TEST_CASE("mount: a safe unmount is refused while somebody has the file, a hard 
     CHECK(f.on(f.file).empty());
 }
 
-TEST_CASE("mount: only our own is unmounted", "[fuse][mount][root]") {
+TEST_CASE("mount: only our own is unmounted", "[fuse][mount][root][once]") {
     if (!may_mount()) return;
     MountFixture f;
     SECTION("somebody has unmounted it") {
@@ -193,7 +194,7 @@ TEST_CASE("mount: only our own is unmounted", "[fuse][mount][root]") {
     }
 }
 
-TEST_CASE("mount: the destructor unmounts, unless the mount is left to a successor", "[fuse][mount][root]") {
+TEST_CASE("mount: the destructor unmounts, unless the mount is left to a successor", "[fuse][mount][root][once]") {
     if (!may_mount()) return;
     MountFixture f;
     auto mount = f.mount(f.file);
@@ -218,7 +219,7 @@ TEST_CASE("mount: the destructor unmounts, unless the mount is left to a success
     CHECK(f.mount(f.file, "third"));
 }
 
-TEST_CASE("mount: what a daemon that is gone has left is cleaned, and mounted over", "[fuse][mount][root]") {
+TEST_CASE("mount: what a daemon that is gone has left is cleaned, and mounted over", "[fuse][mount][root][once]") {
     if (!may_mount()) return;
     MountFixture f;
     auto mount = f.mount(f.file);
@@ -239,7 +240,7 @@ TEST_CASE("mount: what a daemon that is gone has left is cleaned, and mounted ov
 }
 
 TEST_CASE("mount: a mount that has taken the place and the numbers of one that was unmounted stays",
-          "[fuse][mount][root]") {
+          "[fuse][mount][root][once]") {
     if (!may_mount()) return;
     MountFixture f;
     auto first = f.mount(f.file, "first");
@@ -254,7 +255,7 @@ TEST_CASE("mount: a mount that has taken the place and the numbers of one that w
     CHECK(f.on(f.file).size() == 1);
 }
 
-TEST_CASE("mount: a silent server of another process is left alone", "[fuse][mount][root]") {
+TEST_CASE("mount: a silent server of another process is left alone", "[fuse][mount][root][once]") {
     if (!may_mount()) return;
     MountFixture f;
     auto mount = f.mount(f.file);
@@ -264,7 +265,7 @@ TEST_CASE("mount: a silent server of another process is left alone", "[fuse][mou
     CHECK(std::chrono::steady_clock::now() - before < std::chrono::seconds(5));
 }
 
-TEST_CASE("own mounts: a path into one is refused without asking its server", "[fuse][mount][root]") {
+TEST_CASE("own mounts: a path into one is refused without asking its server", "[fuse][mount][root][once]") {
     if (!may_mount()) return;
     MountFixture f;
     const OwnMounts& own = OwnMounts::process();
