@@ -89,7 +89,7 @@ class NbdDaemon {
         return text(call([&] { return registry_->add(options); }));
     }
     std::string remove_export(std::string_view id, exports::RemoveMode mode = exports::RemoveMode::kSafe) {
-        return text(on_main([&] { return registry_->remove(id, mode); }));
+        return text(call([&] { return registry_->remove(std::string(id), mode); }));
     }
     /// An export of a fresh disk: node "disk", id and name "disk".
     void serve_disk(json::object node = {}, bool writable = true) {
