@@ -82,12 +82,15 @@ def uring_enabled():
         missing("enabling FUSE over io_uring needs root", installable=False)
     with open(ENABLE_URING, "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        before = ENABLE_URING.read_text(encoding="ascii")
+        before = ENABLE_URING.read_text(encoding="ascii").strip()
+        key = FuseCase.guard.push(run=["sh", "-c", f"echo {before} >{ENABLE_URING}"]) if FuseCase.guard else None
         ENABLE_URING.write_text("Y\n", encoding="ascii")
         try:
             yield
         finally:
-            ENABLE_URING.write_text(before, encoding="ascii")
+            ENABLE_URING.write_text(before + "\n", encoding="ascii")
+            if key:
+                FuseCase.guard.pop(key)
 
 
 class Guard:
