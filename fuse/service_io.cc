@@ -1,5 +1,7 @@
 // READ and WRITE.
 
+#include <fcntl.h>
+
 #include <algorithm>
 #include <cerrno>
 
@@ -23,6 +25,12 @@ constexpr uint32_t kOverlapMin = 128 << 10;
 /// How much of [offset, offset + length) lies before `size`.
 uint32_t clipped(uint64_t size, uint64_t offset, uint32_t length) {
     return offset >= size ? 0 : static_cast<uint32_t>(std::min<uint64_t>(length, size - offset));
+}
+
+/// Who has opened the file with O_DSYNC or O_SYNC, or says RWF_DSYNC, is told by the answer that his data is stable:
+/// the kernel sends no FSYNC behind such a write where it keeps no pages.
+block::WriteFlags flags_of(const WriteIn& in) {
+    return in.flags & O_DSYNC ? block::WriteFlags::kFua : block::WriteFlags::kNone;
 }
 
 }  // namespace
@@ -76,7 +84,7 @@ bool FileService::try_write(Call& call, block::Channel& channel) {
         // While one is copied to the page cache the next can be fetched.
         if (call.among_others && in.size > kOverlapMin) return false;
         const iovec one{call.room, in.size};
-        if (channel.try_write(in.offset, IoVec(one), block::WriteFlags::kNone) != 0) return false;
+        if (channel.try_write(in.offset, IoVec(one), flags_of(in)) != 0) return false;
         written();
     }
     call.succeed(WriteOut{.size = in.size});
@@ -111,7 +119,7 @@ Task<void> FileService::do_write(Call& call, block::Channel& channel) {
         Result<> done;
         if (length != 0) {
             const iovec one{call.room, length};
-            done = co_await channel.write(in.offset, IoVec(one), block::WriteFlags::kNone, true);
+            done = co_await channel.write(in.offset, IoVec(one), flags_of(in), true);
             // What part of a failed write has come to the disk is not known.
             written();
         }

@@ -386,6 +386,29 @@ TEST_CASE("fuse service: flushes", "[fuse]") {
     CHECK_FALSE(flush().at_once);
 }
 
+TEST_CASE("fuse service: a synchronous write is stable when it is answered", "[fuse]") {
+    Fixture f({.writable = true, .growable = true});
+    const auto flushes = [&] { return f.disk->count(MemoryDisk::Op::kFlush); };
+    const auto write = [&](uint64_t offset, uint32_t open_flags) {
+        const WriteIn in{.offset = offset, .size = 512, .flags = open_flags};
+        return f.ask(FuseRequest(Opcode::kWrite, in, Bytes(512)));
+    };
+    uint64_t before = flushes();
+    CHECK(write(0, O_RDWR).error() == 0);
+    CHECK(flushes() == before);
+    for (const uint32_t flags : {O_RDWR | O_DSYNC, O_WRONLY | O_SYNC, O_RDWR | O_SYNC | O_DIRECT}) {
+        for (const uint64_t offset : {uint64_t{0}, uint64_t{7}, f.attr().size, f.attr().size + 100}) {
+            INFO("flags " << flags << ", offset " << offset);
+            CHECK(write(offset, flags).error() == 0);
+            CHECK(flushes() > before);
+            before = flushes();
+        }
+    }
+    f.disk->set_fault([](MemoryDisk::Op op, uint64_t, uint64_t) { return op == MemoryDisk::Op::kFlush ? EIO : 0; });
+    CHECK(write(0, O_DSYNC).error() == EIO);
+    f.disk->set_fault(nullptr);
+}
+
 TEST_CASE("fuse service: a failed flush is told, and tried again by the next close", "[fuse]") {
     Fixture f({.writable = true});
     f.write(0, Bytes(512));
