@@ -228,6 +228,30 @@ class Restart(FuseCase):
                 self.check_image(image, form)
                 self.remove_socket()
 
+    def test_passthrough_goes_on(self):
+        """Opens from before and after use the same file of the kernel's; it refuses two at a time."""
+        if os.geteuid() != 0:
+            gt.missing("naming files to the kernel needs root", installable=False)
+        manager = self.served(x_passthrough=True)
+        fd = self.opened(manager.path, os.O_RDWR)
+        os.pwrite(fd, b"one", 0)
+        for _ in range(2):
+            self.again(manager)
+            self.assertEqual(os.pread(fd, 3, 0), b"one")
+            with open(manager.path, "r+b", buffering=0) as file:
+                file.seek(4096)
+                file.write(b"two")
+            self.assertEqual(os.pread(fd, 3, 4096), b"two")
+            q = self.qmp()
+            stats = [one["stats"] for one in q.cmd("query-blockstats", query_nodes=True) if one.get("node-name") == "disk"]
+            self.assertEqual(sum(one["rd_operations"] + one["wr_operations"] for one in stats), 0)
+            self.assertIn("FUSE export 'e'", q.error("block-dirty-bitmap-add", node="disk", name="b")[1])
+            q.close()
+        os.close(fd)
+        self.end(manager)
+        with open(manager.image, "rb") as file:
+            self.assertEqual(file.read(4099)[-3:], b"two")
+
     def test_requests_wait_while_nobody_serves(self):
         manager = self.served()
         fd = self.opened(manager.path, os.O_RDWR)
