@@ -201,6 +201,8 @@ Task<bool> FuseExport::let_go() {
 Task<void> FuseExport::stop() {
     stopping_ = true;
     if (service_) service_->hurry();
+    // Notices wait for pages that are being read: those reads are answered, or the connection is aborted below.
+    if (mount_ && (leaves() || !mount_->can_abort())) co_await notices_.join();
     // What was read is answered; what comes after that is not.
     for (const auto& queue : queues_.all) co_await run_on(queue->loop(), queue->stop());
     for (const auto& ring : rings_) co_await run_on(ring->loop(), ring->stop());
@@ -212,7 +214,8 @@ Task<void> FuseExport::stop() {
         mount_->leave();
     } else if (mount_) {
         // Whom the keeper's descriptors keep alive must not wait for answers.
-        if (!rings_.empty() || (kept_ && mount_->can_abort())) co_await mount_->abort();
+        const bool kept = kept_ && mount_->can_abort();
+        if (!rings_.empty() || notices_.live() > 0 || kept) co_await mount_->abort();
         if (kept_) kept_->end();
         Result<> unmounted = co_await mount_->unmount(true);
         if (!unmounted) log::warn("export '{}': {}", id(), unmounted.error().message());

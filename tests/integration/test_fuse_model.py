@@ -1,10 +1,12 @@
 #!/usr/bin/python3
 """Random operations through the file of an export, against a copy in memory: every transport, raw and qcow2, any byte, growing."""
 
+import json
 import mmap
 import os
 import pathlib
 import random
+import subprocess
 import sys
 import threading
 
@@ -12,7 +14,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 import gantry_test
 from file_model import FileModel
 from fuse_case import SOAK, FuseCase, ready_for, transports
-from gantry_test import IS_GANTRY, KIB, MIB, require, require_gantry, text_block
+from gantry_test import IS_GANTRY, KIB, MIB, require, require_gantry, text_block, wait_for
 
 FORMATS = ("raw", "qcow2")
 UNIT = 1 if IS_GANTRY else 512
@@ -188,6 +190,33 @@ class Model(FuseCase):
                             self.assertEqual(view[offset:offset + length], wanted[offset:offset + length])
                     os.close(fd)
                     at.daemon.stop()
+
+    def test_removed_while_pages_are_told_of(self):
+        """A new size has the kernel drop its pages, which takes as long as they are being read; the end comes all the same."""
+        require_gantry("the reference has no cached mode")
+        path, overlay = self.path("file"), self.path("disk.qcow2")
+        pathlib.Path(path).touch()
+        self.run_tool("qemu-img", "create", "-q", "-f", "qcow2", overlay, 64 * MIB)
+        self._guard_mount(path)
+        slow = {"driver": "null-co", "node-name": "slow", "size": 64 * MIB, "latency-ns": 200_000_000, "read-zeroes": True,
+                "read-only": True}
+        disk = {"driver": "qcow2", "node-name": "disk", "file": {"driver": "file", "filename": overlay}, "backing": "slow"}
+        daemon = self.daemon("--blockdev", json.dumps(slow), "--blockdev", json.dumps(disk), "--export", json.dumps(
+            {"type": "fuse", "id": "e", "node-name": "disk", "mountpoint": path, "x-cached": True}))
+        script = ("import os, sys\nfd, at = os.open(sys.argv[1], os.O_RDONLY), int(sys.argv[2])\n"
+                  "while True:\n    os.pread(fd, 65536, at)\n    at = (at + 65536) % (64 << 20)\n")
+        readers = [subprocess.Popen([sys.executable, "-c", script, path, str(i * 8 * MIB)], stderr=subprocess.DEVNULL)
+                   for i in range(6)]
+        for reader in readers:
+            self.addCleanup(reader.wait, 20)
+            self.addCleanup(reader.kill)
+        (about,) = daemon.qmp.cmd("query-fuse-exports")
+        wait_for(lambda: daemon.qmp.cmd("query-fuse-exports")[0]["queues"][0]["bytes-read"] > MIB, f"readers at work: {about}")
+        daemon.qmp.cmd("block_resize", {"node-name": "disk", "size": 65 * MIB})
+        daemon.qmp.cmd("block-export-del", id="e", mode="hard")
+        for reader in readers:
+            self.assertNotEqual(reader.wait(20), 0, "told that the file is gone")
+        daemon.qmp.event("BLOCK_EXPORT_DELETED", id="e")
 
 
 if __name__ == "__main__":
