@@ -27,12 +27,6 @@ Result<std::optional<MountEntry>> find_mount(uint64_t device) {
     return found;
 }
 
-/// The kernel still sends requests to the descriptor; -1: it does not.
-bool connected(int fd) {
-    pollfd ready{fd, POLLIN, 0};
-    return fd >= 0 && ::poll(&ready, 1, 0) >= 0 && !(ready.revents & (POLLERR | POLLHUP | POLLNVAL));
-}
-
 /// clean_stale_mounts() beside everything else: a mount whose server is silent takes it a second.
 struct CleaningWork : PoolItem {
     static void start(BlockingPool& pool) {
@@ -123,6 +117,11 @@ json::object Mount::save() const {
             {"allow-other", allow_other_}};
 }
 
+bool Mount::connected() const {
+    pollfd ready{fd_.get(), POLLIN, 0};
+    return fd_ && ::poll(&ready, 1, 0) >= 0 && !(ready.revents & (POLLERR | POLLHUP | POLLNVAL));
+}
+
 Task<Result<>> Mount::unmount(bool hard) {
     co_return co_await run_blocking([this, hard] { return unmount_blocking(hard); });
 }
@@ -130,7 +129,7 @@ Task<Result<>> Mount::unmount(bool hard) {
 Result<> Mount::unmount_blocking(bool hard) {
     if (!mounted_) return {};
     TRY(const std::optional<MountEntry> entry, find_mount(device_));
-    if (entry && !connected(fd_.get())) {
+    if (entry && !connected()) {
         // Somebody has unmounted it, or the connection was aborted: the number may be that of another mount by now.
         const UniqueFd root = open_root(*entry);
         if (root && probe(*entry, root.get()) == ServerState::kGone) CHECK_OK(detach(*entry, root.get()));

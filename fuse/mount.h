@@ -65,6 +65,8 @@ class Mount {
     Mount() = default;
     static Result<std::unique_ptr<Mount>> create_blocking(MountRequest request);
     Result<> unmount_blocking(bool hard);
+    /// The kernel still sends requests to the descriptor: until it does not, device() is the number of this mount.
+    bool connected() const;
     /// Nobody is kept from opening what was covered any more.
     void forget();
     UniqueFd fd_;

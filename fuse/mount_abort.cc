@@ -32,6 +32,8 @@ bool Mount::can_abort() const { return ::geteuid() == 0 || ::access(control_file
 
 Task<void> Mount::abort() {
     const int error = co_await run_blocking([this] {
+        // It has ended already, and its number and its place may be those of another mount by now.
+        if (!connected()) return 0;
         const int failed = write_abort(control_file(device_));
         if (failed == 0) return 0;
         // Where that is not mounted: the forced kind of unmounting aborts first, and need not succeed as a whole.

@@ -3,6 +3,7 @@
 #include "fuse/mount.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -250,6 +251,12 @@ TEST_CASE("mount: a mount that has taken the place and the numbers of one that w
     const UniqueFd device(::open("/dev/fuse", O_RDWR | O_CLOEXEC));
     const std::string options = "fd=" + std::to_string(device.get()) + ",rootmode=100000,user_id=0,group_id=0";
     REQUIRE(::mount("gantry:first", f.file.c_str(), "fuse.gantry", 0, options.c_str()) == 0);
+    if (GENERATE(false, true)) {
+        f.rt.run((*first)->abort());
+        pollfd ready{device.get(), POLLIN, 0};
+        REQUIRE(::poll(&ready, 1, 0) >= 0);
+        CHECK((ready.revents & POLLERR) == 0);
+    }
     CHECK(f.rt.run((*first)->unmount(true)));
     first->reset();
     CHECK(f.on(f.file).size() == 1);
