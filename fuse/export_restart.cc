@@ -1,5 +1,9 @@
 // FuseExport: what it leaves to the process after this one, and what it takes from the one before.
 
+#include <poll.h>
+
+#include <sys/stat.h>
+
 #include "fuse/export.h"
 #include "runtime/log.h"
 #include "runtime/own_mounts.h"
@@ -28,17 +32,50 @@ const json::object& object_in(const json::object& state, std::string_view key) {
     return value && value->is_object() ? value->get_object() : empty;
 }
 
+/// What makes these bytes those of one image, for as long as this machine runs: the formats, the part that is shown, and
+/// the file. Filters, whether a command line names them or a job puts them there, show the same bytes.
+std::string image_of(block::Node& root) {
+    std::string text;
+    block::Node* node = &root;
+    while (!node->children().empty()) {
+        const block::Child* file = nullptr;
+        for (const auto& child : node->children()) {
+            if (child->role == block::ChildRole::kFile || child->role == block::ChildRole::kFiltered) file = child.get();
+        }
+        if (!file) return text + node->filename();
+        if (file->role == block::ChildRole::kFile) text += fmt::format("{}:", node->driver());
+        for (const std::string_view part : {"offset", "snapshot"}) {
+            const json::value* value = node->options().if_contains(part);
+            if (value) text += fmt::format("{} {}:", part, boost::json::serialize(*value));
+        }
+        node = file->node.get();
+    }
+    const auto file = node->passthrough();
+    struct stat st{};
+    if (!file || ::fstat(file->fd, &st) != 0) return text + node->filename();
+    if (S_ISBLK(st.st_mode)) return text + fmt::format("device {}", st.st_rdev);
+    return text + fmt::format("file {} on {}", st.st_ino, st.st_dev);
+}
+
 }  // namespace
 
 /// Clients must not find themselves on another file, nor with rights that nobody gave them. Empty: it fits.
 std::string FuseExport::misfit(const Legacy& legacy) const {
     const json::object& state = legacy.state;
+    // The process before this one may have died in the middle of a removal.
+    pollfd connection{legacy.devices.front().get(), POLLIN, 0};
+    if (::poll(&connection, 1, 0) < 0 || (connection.revents & POLLERR))
+        return "its connection to the kernel has ended";
     const uint64_t device = number_in(object_in(state, "mount"), "device");
     const auto place = place_of(options_.mountpoint, true);
     if (!place || place->device != device)
         return fmt::format("it was mounted elsewhere than '{}'", options_.mountpoint);
     if (!legacy.agreed.has(kHasResend)) return "this kernel does not send requests again";
     if (options_.transport == Transport::kUring) return "it served over /dev/fuse, and x-transport=uring is wanted";
+    if (const json::value* image = state.if_contains("image");
+        !image || !image->is_string() || image->get_string() != image_of(root().node())) {
+        return fmt::format("it showed another image than node '{}' has now", root().node().name());
+    }
     if (flag_in(state, "writable") != writable()) return writable() ? "it was read-only" : "it was writable";
     if (flag_in(state, "cached") != options_.cached) return "x-cached is another";
     if (state.contains("passthrough") != options_.passthrough) return "x-passthrough is another";
@@ -81,6 +118,7 @@ Task<void> FuseExport::inherit() {
 
 void FuseExport::keep() {
     size_ = root().node().size();
+    set_image();
     if (!legacy_) {
         if (!context_.keeper || !context_.keeper->active()) {
             kept_reason_ = context_.keeper ? context_.keeper->why_inactive() : "nobody keeps descriptors";
@@ -127,8 +165,22 @@ void FuseExport::keep() {
     keeping_.spawn(keep_up_to_date());
 }
 
+bool FuseExport::set_image() {
+    std::string now = image_of(root().node());
+    const std::lock_guard lock(image_mutex_);
+    if (now == image_) return false;
+    image_ = std::move(now);
+    return true;
+}
+
 json::object FuseExport::state() const {
+    std::string image;
+    {
+        const std::lock_guard lock(image_mutex_);
+        image = image_;
+    }
     json::object state{{"version", 1},
+                       {"image", image},
                        {"writable", writable()},
                        {"cached", options_.cached},
                        {"size", size_.load(std::memory_order_relaxed)},
@@ -152,7 +204,8 @@ Task<void> FuseExport::keep_up_to_date() {
     while (!stopping_) {
         const bool expired = co_await keeping_pause_.after(kPause);
         if (!expired || stopping_) break;
-        if (open == service_->open_files() && changed == service_->attributes().mtime_ns()) continue;
+        const bool other_image = set_image();
+        if (!other_image && open == service_->open_files() && changed == service_->attributes().mtime_ns()) continue;
         open = service_->open_files();
         changed = service_->attributes().mtime_ns();
         kept_->update(state());
