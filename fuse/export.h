@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -61,6 +62,7 @@ class FuseExport final : public exports::Export {
     json::object state() const;  // any thread
     Task<void> keep_up_to_date();
     void size_changed(uint64_t size);
+    bool set_image();  // whether it is another one than before
     /// Whether the end of this export is none for its clients.
     bool leaves() const;
     Result<> open_queues();
@@ -88,6 +90,8 @@ class FuseExport final : public exports::Export {
 
     std::unique_ptr<Passthrough> passthrough_;
     std::atomic<uint64_t> size_{0};  // of the node, as the next process should find it
+    mutable std::mutex image_mutex_;
+    std::string image_;  // that the next process must find, too
     std::unique_ptr<KeptExport> kept_;
     std::string kept_reason_;         // why not
     std::unique_ptr<Legacy> legacy_;  // between inherit() and keep()

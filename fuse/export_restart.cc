@@ -32,15 +32,16 @@ const json::object& object_in(const json::object& state, std::string_view key) {
     return value && value->is_object() ? value->get_object() : empty;
 }
 
-/// What makes these bytes those of one image, for as long as this machine runs: the formats, the part that is shown, and
-/// the file. Filters, whether a command line names them or a job puts them there, show the same bytes.
+/// What makes these bytes those of one image, for as long as this machine runs: the formats, the part that is shown,
+/// and the file. Filters, whether a command line names them or a job puts them there, show the same bytes.
 std::string image_of(block::Node& root) {
     std::string text;
     block::Node* node = &root;
     while (!node->children().empty()) {
         const block::Child* file = nullptr;
         for (const auto& child : node->children()) {
-            if (child->role == block::ChildRole::kFile || child->role == block::ChildRole::kFiltered) file = child.get();
+            if (child->role == block::ChildRole::kFile || child->role == block::ChildRole::kFiltered)
+                file = child.get();
         }
         if (!file) return text + node->filename();
         if (file->role == block::ChildRole::kFile) text += fmt::format("{}:", node->driver());

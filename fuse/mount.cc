@@ -96,7 +96,8 @@ Task<Result<std::unique_ptr<Mount>>> Mount::adopt(const json::object& saved, Uni
     const json::value* all = saved.if_contains("allow-other");
     mount->allow_other_ = all && all->is_bool() && all->get_bool();
     CO_TRY(const std::optional<MountEntry> entry, find_mount(mount->device_));
-    if (!entry || mount->device_ == 0 || entry->source != mount_source(mount->export_id_)) {
+    // Where the connection was aborted, the mount may still be there, and so may one of another daemon by that number.
+    if (!entry || mount->device_ == 0 || entry->source != mount_source(mount->export_id_) || !mount->connected()) {
         co_return fail(ErrorKind::kInvalid, "FUSE export '{}' is not mounted on '{}' any more", mount->export_id_,
                        mount->path_);
     }

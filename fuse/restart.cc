@@ -9,6 +9,7 @@
 #include "fuse/mount.h"
 #include "fuse/mount_point.h"
 #include "fuse/mountinfo.h"
+#include "runtime/blocking_pool.h"
 #include "runtime/log.h"
 #include "runtime/own_mounts.h"
 #include "schema/options.h"
@@ -136,7 +137,11 @@ Task<void> give_up_legacy(exports::Keeper& keeper, std::string export_id, Legacy
     auto mount = co_await Mount::adopt(saved, std::move(legacy.devices.front()), std::move(legacy.covered));
     legacy.devices.clear();
     keeper.drop(keeper_name(export_id));
-    if (!mount) co_return;
+    if (!mount) {
+        // What a connection that was aborted leaves is still mounted.
+        co_await run_blocking([] { return clean_stale_mounts(); });
+        co_return;
+    }
     if ((*mount)->can_abort()) co_await (*mount)->abort();
     (*mount)->close_fd();
     const Result<> gone = co_await (*mount)->unmount(true);

@@ -361,8 +361,9 @@ class Restart(FuseCase):
         other = self.path("elsewhere")
         pathlib.Path(other).touch()
         self._guard_mount(other)
-        small = self.raw_image("small.raw", 1 << 20)
+        small, as_large = self.raw_image("small.raw", 1 << 20), self.raw_image("other.raw", 64 << 20)
         for what, change in (("another mount point", {"path": other}), ("another size", {"image": small}),
+                             ("another image", {"image": as_large}),
                              ("read-only", {"writable": False}), ("another transport", {"x_transport": "uring"}),
                              ("other rights", {"allow_other": "off"})):
             with self.subTest(what):
@@ -383,6 +384,27 @@ class Restart(FuseCase):
                 self.end(manager)
                 self.remove_socket()
                 os.unlink(manager.image)
+
+    def test_aborted_while_nobody_serves(self):
+        """A connection that was ended shows nothing any more: the file is mounted anew."""
+        manager = self.served()
+        fd = self.opened(manager.path, os.O_RDWR)
+        device = os.minor(os.fstat(fd).st_dev)
+        manager.kill()
+        self.remove_socket()
+        try:
+            with open(f"/sys/fs/fuse/connections/{device}/abort", "wb", buffering=0) as file:
+                file.write(b"1")
+        except OSError as error:
+            gt.missing(f"the kernel's control files of FUSE ({error})", installable=False)
+        manager.start()
+        self.gone(fd)
+        with open(manager.path, "r+b", buffering=0) as file:
+            file.write(b"anew")
+            file.seek(0)
+            self.assertEqual(file.read(4), b"anew")
+        self.assertEqual(len(self.qmp().cmd("query-block-exports")), 1)
+        self.end(manager)
 
     def test_nobody_wants_it(self):
         """The next process ends without an export of that id: the file is unmounted then."""
