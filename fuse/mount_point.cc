@@ -1,6 +1,7 @@
 #include "fuse/mount_point.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
@@ -9,6 +10,8 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <chrono>
+#include <thread>
 
 #include "fuse/mount_helper.h"
 #include "fuse/stale_mounts.h"
@@ -20,6 +23,7 @@ namespace gantry::fuse {
 namespace {
 
 constexpr const char* kDevice = "/dev/fuse";
+constexpr std::chrono::seconds kLockPatience{2};
 
 /// The mount of one of our kind that `place` lies in, if it does.
 std::optional<MountEntry> gantry_mount_at(const Place& place) {
@@ -123,11 +127,19 @@ Result<UniqueFd> cover_by_helper(const MountPoint& point, const MountRequest& re
         fd.error().errno_value()));
 }
 
-}  // namespace
+/// Alone with a file for as long as mounting takes; nothing where it cannot be read, or somebody else does not let go.
+UniqueFd lock_file(int fd) {
+    const std::string link = fmt::format("/proc/self/fd/{}", fd);
+    UniqueFd file(::open(link.c_str(), O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC));
+    const auto deadline = std::chrono::steady_clock::now() + kLockPatience;
+    while (file && ::flock(file.get(), LOCK_EX | LOCK_NB) != 0) {
+        if (errno != EWOULDBLOCK || std::chrono::steady_clock::now() >= deadline) return {};
+        std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    }
+    return file;
+}
 
-std::string mount_source(const std::string& export_id) { return "gantry:" + export_id; }
-
-Result<MountPoint> find_mount_point(const std::string& path) {
+Result<MountPoint> look_at(const std::string& path) {
     MountPoint point;
     TRY(point.fd, open_uncovered(path));
     struct statx st;
@@ -143,6 +155,26 @@ Result<MountPoint> find_mount_point(const std::string& path) {
     point.inode = st.stx_ino;
     TRY(point.path, path_of(point.fd.get(), path));
     return point;
+}
+
+}  // namespace
+
+std::string mount_source(const std::string& export_id) { return "gantry:" + export_id; }
+
+Result<MountPoint> find_mount_point(const std::string& path) {
+    TRY(MountPoint point, look_at(path));
+    for (int round = 0; round < 4; ++round) {
+        UniqueFd lock = lock_file(point.fd.get());
+        if (!lock) return look_at(path);
+        // Whoever had it before us has covered it meanwhile, or there is another file now.
+        TRY(MountPoint again, look_at(path));
+        const bool same = again.device == point.device && again.inode == point.inode;
+        point = std::move(again);
+        if (!same) continue;
+        point.lock = std::move(lock);
+        return point;
+    }
+    return fail(ErrorKind::kBusy, "'{}' becomes another file again and again", path);
 }
 
 Result<Covered> cover(const MountPoint& point, const MountRequest& request) {

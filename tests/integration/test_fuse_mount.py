@@ -97,6 +97,26 @@ class Rules(MountCase):
         self.assertIn("another process serves it", self.refusal(other.qmp, at.path))
         self.assertEqual(at.size(), SIZE)
 
+    def test_two_daemons_at_the_same_time(self):
+        """One of them gets it, and the other covers nothing."""
+        require_gantry("the reference mounts over it")
+        null = ("--blockdev", "driver=null-co,node-name=disk,size=1048576")
+        daemons = [self.daemon(*null) for _ in range(2)]
+        path = self.touch("both")
+        self._guard_mount(path)
+        for daemon in daemons:
+            self.addCleanup(self._end_quietly, daemon)
+        for _ in range(8):
+            for daemon in daemons:
+                daemon.qmp.send(json.dumps({"execute": "block-export-add", "arguments": {
+                    "type": "fuse", "id": "e", "node-name": "disk", "mountpoint": path}}))
+            answers = [daemon.qmp.receive() for daemon in daemons]
+            self.assertEqual(sum("return" in answer for answer in answers), 1, answers)
+            self.assertIn("another process serves it", next(a for a in answers if "error" in a)["error"]["desc"])
+            self.assertEqual(len(fuse_guard.mounts(path)), 1)
+            daemons[0 if "return" in answers[0] else 1].qmp.delete_export("e")
+            self.assertEqual(fuse_guard.mounts(path), [])
+
     def test_a_frozen_daemon_holds_up_nobody(self):
         require_gantry("the reference waits for it")
         at = self.mount("raw", SIZE)
