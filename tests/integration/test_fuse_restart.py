@@ -455,6 +455,32 @@ class Restart(FuseCase):
         self.assertIn("of no use", manager.errors())
         self.end(manager)
 
+    def test_parts_that_were_lost(self):
+        """A store that was full keeps some of them: the file goes on, or is mounted anew; the image is served in any case."""
+        for kind, count, goes_on in (("covered", 1, True), ("device", 1, True), ("device", 3, False), ("state", 1, False),
+                                     ("log", 1, True)):
+            with self.subTest(kind, count=count):
+                manager = self.served("qcow2", 16 << 20, iothreads=3)
+                fd = self.opened(manager.path, os.O_RDWR)
+                os.pwrite(fd, b"kept", 0)
+                os.fsync(fd)
+                manager.kill()
+                self.remove_socket()
+                manager.ask("lose", kind, count)
+                manager.start()
+                if goes_on:
+                    self.assertEqual(os.pread(fd, 4, 0), b"kept")
+                    os.close(fd)
+                else:
+                    self.gone(fd)
+                with open(manager.path, "r+b", buffering=0) as file:
+                    self.assertEqual(file.read(4), b"kept")
+                    self.assertEqual(file.write(b"anew"), 4)
+                self.end(manager)
+                self.check_image(manager.image, "qcow2")
+                self.remove_socket()
+                os.unlink(manager.image)
+
     def test_switched_off(self):
         manager = self.served(start=False)
         manager.arguments = ["--fd-store", "off", *manager.arguments[2:]]

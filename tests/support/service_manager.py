@@ -131,6 +131,17 @@ class Manager:
             if os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:"):
                 os.pwrite(fd, b"\xff" * os.fstat(fd).st_size, 0)
 
+    def lose(self, kind, count):
+        """Some of what is kept, the newest first: "device", "state", "log" or "covered"."""
+        for entry in list(self.stored):
+            link = os.readlink(f"/proc/self/fd/{entry[1]}")
+            is_kind = {"device": link == "/dev/fuse", "state": link.startswith("/memfd:gantry-fuse"),
+                       "log": link.startswith("/memfd:map-")}
+            if count > 0 and is_kind.get(kind, not any(is_kind.values())):
+                self.stored.remove(entry)
+                os.close(entry[1])
+                count -= 1
+
     def run(self, words):
         done = subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE, check=False, stdin=subprocess.DEVNULL)
         return [done.returncode, done.stdout + done.stderr]
