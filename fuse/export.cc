@@ -123,7 +123,7 @@ Task<Result<>> FuseExport::start_queues() {
     options.resize = [this](uint64_t size, bool grow_only) { return resize(size, grow_only); };
     options.allocated = [this] { return allocated_bytes(root().node().shared_from_this()); };
     options.status_changed = [this] {
-        if (kept_) kept_->update(state());
+        if (kept_) save_state();
     };
     service_ = std::make_unique<FileService>(context_.runtime->main_loop(), std::move(options));
     const auto written = co_await last_written_ns(root().node().shared_from_this());
@@ -209,7 +209,7 @@ Task<void> FuseExport::stop() {
     keeping_pause_.cancel();
     co_await keeping_.join();
     if (mount_ && leaves()) {
-        kept_->update(state());
+        save_state();
         if (passthrough_) passthrough_->leave();
         mount_->leave();
     } else if (mount_) {
@@ -237,9 +237,13 @@ Task<Result<>> FuseExport::resize(uint64_t size, bool grow_only) {
     if (size > static_cast<uint64_t>(INT64_MAX))
         co_return fail(ErrorKind::kNoSpace, "a file of {} bytes is too large", size);
     asked_size_ = size;
+    // A process that dies from here on leaves the node with either size. A longer file that may grow fits in any case.
+    const bool told = kept_ && !(grow_only && options_.growable);
+    if (told) resizing(size);
     Result<> resized = co_await context_.graph->resize(node, static_cast<int64_t>(size), grow_only);
     asked_size_.reset();
-    if (resized) size_changed(node.size());
+    coming_size_ = kNoSize;
+    if (resized || told) size_changed(node.size());
     co_return resized;
 }
 

@@ -60,8 +60,10 @@ class FuseExport final : public exports::Export {
     /// Leaves everything with the keeper, or says in kept_reason_ why not.
     void keep();
     json::object state() const;  // any thread
+    void save_state();           // the same; while there is kept_
     Task<void> keep_up_to_date();
     void size_changed(uint64_t size);
+    void resizing(uint64_t size);
     bool set_image();  // whether it is another one than before
     /// Whether the end of this export is none for its clients.
     bool leaves() const;
@@ -90,6 +92,9 @@ class FuseExport final : public exports::Export {
 
     std::unique_ptr<Passthrough> passthrough_;
     std::atomic<uint64_t> size_{0};  // of the node, as the next process should find it
+    static constexpr uint64_t kNoSize = ~uint64_t{0};
+    std::atomic<uint64_t> coming_size_{kNoSize};  // or so: a resize is under way
+    std::mutex saving_mutex_;
     mutable std::mutex image_mutex_;
     std::string image_;  // that the next process must find, too
     std::unique_ptr<KeptExport> kept_;

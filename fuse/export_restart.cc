@@ -85,7 +85,8 @@ std::string FuseExport::misfit(const Legacy& legacy) const {
         return "allow-other is another";
     }
     const uint64_t size = number_in(state, "size"), now = root().node().size();
-    if (size != now && !(options_.growable && now > size)) {
+    const bool was_coming = state.contains("coming-size") && number_in(state, "coming-size") == now;
+    if (size != now && !was_coming && !(options_.growable && now > size)) {
         return fmt::format("it was {} bytes long, and node '{}' has {}", size, root().node().name(), now);
     }
     return {};
@@ -155,7 +156,7 @@ void FuseExport::keep() {
                           added.error().message());
             }
         }
-        kept_->update(state());
+        save_state();
         legacy_.reset();
         // Requests that the process before this one has read and not answered: from the beginning, by whoever is free.
         if (const Result<> resent = notify_resend(mount_->fd()); !resent) {
@@ -189,13 +190,25 @@ json::object FuseExport::state() const {
                        {"negotiated", agreed_.save()},
                        {"mount", mount_->save()},
                        {"attributes", service_->attributes().save()}};
+    if (const uint64_t coming = coming_size_; coming != kNoSize) state["coming-size"] = coming;
     if (passthrough_) state["passthrough"] = passthrough_->save();
     return state;
 }
 
+/// Two that come at the same time: the later one writes what holds then.
+void FuseExport::save_state() {
+    const std::lock_guard lock(saving_mutex_);
+    kept_->update(state());
+}
+
+void FuseExport::resizing(uint64_t size) {
+    coming_size_ = size;
+    if (kept_) save_state();
+}
+
 void FuseExport::size_changed(uint64_t size) {
     size_ = size;
-    if (kept_) kept_->update(state());
+    if (kept_) save_state();
 }
 
 /// What changes without anybody saying so.
@@ -209,7 +222,7 @@ Task<void> FuseExport::keep_up_to_date() {
         if (!other_image && open == service_->open_files() && changed == service_->attributes().mtime_ns()) continue;
         open = service_->open_files();
         changed = service_->attributes().mtime_ns();
-        kept_->update(state());
+        save_state();
     }
 }
 

@@ -171,6 +171,40 @@ class Restart(FuseCase):
                 self.check_image(manager.image, form)
                 self.remove_socket()
 
+    def test_truncated_again_and_again(self):
+        """The size that the next process finds is one that was asked for."""
+        for form in ("raw", "qcow2"):
+            with self.subTest(form):
+                manager = self.served(form, 1 << 20, image=self.make_image(form, 1 << 20, name="cut"))
+                fd = self.opened(manager.path, os.O_RDWR)
+                stop, errors, done = threading.Event(), [], []
+
+                def truncate():
+                    try:
+                        while not stop.is_set():
+                            size = (1 + len(done) % 8) << 20
+                            os.ftruncate(fd, size)
+                            done.append(size)
+                            if os.fstat(fd).st_size != size:
+                                raise OSError(errno.EIO, "another size")
+                    except OSError as error:
+                        errors.append(error)
+                worker = threading.Thread(target=truncate)
+                worker.start()
+                rng = random.Random(17)
+                for _ in range(60 if SOAK else 8):
+                    seen = len(done)
+                    gt.wait_for(lambda: len(done) > seen + 4 or errors, "changes of the size")
+                    time.sleep(rng.uniform(0, 0.01))  # any moment
+                    self.again(manager)
+                stop.set()
+                worker.join(gt.DEADLINE)
+                self.assertEqual(errors, [])
+                os.close(fd)
+                self.end(manager)
+                self.check_image(manager.image, form)
+                self.remove_socket()
+
     # --- what goes along
 
     def test_mode_and_owner_and_open_files(self):
