@@ -17,6 +17,7 @@ struct Registry::Entry {
     std::string type;
     State state = State::kStarting;
     bool hard = false;                   // a hard removal was asked for, whatever a safe one comes to
+    bool ended = false;                  // it said so before it was running
     std::vector<std::string> iothreads;  // that it keeps in use
     std::string node_name;               // while it has no root
     std::unique_ptr<Export> exported;
@@ -124,6 +125,7 @@ Task<Result<>> Registry::add(json::object options) {
     impl_->changed.notify_all();
     log::info("export '{}' added: type={} node={} writable={}", id, type_name, node_name,
               reserved.exported->writable());
+    if (reserved.ended) Impl::remove_hard(*this, id);
     co_return Result<>();
 }
 
@@ -139,7 +141,10 @@ Task<Result<>> Registry::Impl::bring_up(Registry& registry, Entry& entry, json::
     context.options = options;
     context.keeper = registry.keeper_;
     const bool writable = context.writable;
-    context.ended = [&registry, id = entry.id] { Impl::remove_hard(registry, id); };
+    context.ended = [&registry, &entry] {
+        entry.ended = true;
+        if (entry.state != State::kStarting) Impl::remove_hard(registry, entry.id);
+    };
     CO_TRY(entry.exported, type.create(std::move(context)));
 
     block::RootOptions root;

@@ -16,6 +16,7 @@ struct Stage {
     bool clients = false;
     bool fail_start = false;
     bool hold_stop = false;
+    bool end_early = false;  // what it serves is gone before it has started
     bool late_read = false;  // a request that begins when the removal already has
     int started = 0, stopped = 0, destroyed = 0;
     std::vector<Loop*> loops;
@@ -32,6 +33,7 @@ class TestExport final : public Export {
     std::string_view type() const override { return "test"; }
     Task<Result<>> start() override {
         stage.loops = context_.loops;
+        if (stage.end_early) context_.ended();
         if (stage.fail_start) co_return fail(ErrorKind::kIo, "cannot start");
         ++stage.started;
         co_return Result<>();
@@ -105,6 +107,18 @@ TEST_CASE("exports: an export is added, listed, found and removed with its event
     CHECK(f.registry.find("a") == nullptr);
     CHECK(stage.destroyed == 1);
     CHECK(f.add({{"id", "a"}, {"node-name", "disk"}}) == "");
+}
+
+TEST_CASE("exports: one that has ended while it was being started is removed", "[exports]") {
+    Fixture f;
+    stage.end_early = true;
+    CHECK(f.add({{"id", "a"}, {"node-name", "disk"}}) == "");
+    CHECK(f.eventually([&] { return f.deleted.size() == 1; }));
+    CHECK(f.registry.size() == 0);
+    stage.fail_start = true;
+    CHECK(f.add({{"id", "a"}, {"node-name", "disk"}}) == "cannot start");
+    CHECK(f.registry.size() == 0);
+    CHECK(stage.destroyed == 2);
 }
 
 TEST_CASE("exports: what cannot be added says why and leaves nothing", "[exports]") {
