@@ -63,8 +63,11 @@ class FileService {
     void hurry();
     /// Files that are open at present. READs and WRITEs need one.
     uint64_t open_files() const { return open_files_.load(std::memory_order_relaxed); }
-    /// As a process before this one has counted. Before the first call.
-    void adopt_open_files(uint64_t count) { open_files_.store(count, std::memory_order_relaxed); }
+    /// As a process before this one has counted, which may have written what it did not flush. Before the first call.
+    void adopt_open_files(uint64_t count) {
+        open_files_.store(count, std::memory_order_relaxed);
+        unflushed_.store(options_.writable, std::memory_order_relaxed);
+    }
     Attributes& attributes() { return attributes_; }
 
   private:

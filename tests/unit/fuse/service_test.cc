@@ -362,6 +362,16 @@ TEST_CASE("fuse service: what was written before the mount was written then", "[
     CHECK_FALSE(f.run(last_written_ns(f.node("nothing").shared_from_this())));
 }
 
+TEST_CASE("fuse service: what a process before this one has written is flushed at the next close", "[fuse]") {
+    const bool writable = GENERATE(false, true);
+    Fixture f({.writable = writable});
+    f.service->adopt_open_files(1);
+    const auto flushes = [&] { return f.disk->count(MemoryDisk::Op::kFlush); };
+    const uint64_t before = flushes();
+    for (int i = 0; i < 2; ++i) CHECK(f.ask(Opcode::kFlush, FlushIn{}).error() == 0);
+    CHECK(flushes() == before + writable);
+}
+
 TEST_CASE("fuse service: flushes", "[fuse]") {
     const bool writethrough = GENERATE(false, true);
     Fixture f({.writable = true}, kMemory, writethrough);
