@@ -237,7 +237,8 @@ void ClassicQueue::note_lone() {
     }
     if (!lone_.sure()) return;
     Tactics& tactics = siblings_.tactics_;
-    const Tactic tactic = tactics.next(siblings_.answered(), loop_.turn_time());
+    if (const uint64_t answered = siblings_.answered(); tactics.due(answered)) tactics.step(answered, Clock::now());
+    const Tactic tactic = tactics.current();
     const bool pair = tactic == Tactic::kPair;
     if (pair != siblings_.paired_.load(std::memory_order_relaxed)) siblings_.paired_.store(pair);
     if (tactic != Tactic::kFollow) follower_.stop();
@@ -253,13 +254,19 @@ void ClassicQueue::note_lone() {
             }
             break;
         case Tactic::kPoll:
-            loop_.expect_soon(kNextRequest);
+            // Two loops are better than one that burns a CPU.
+            if (siblings_.all.size() >= 2) {
+                tactics.forbid(tactic);
+            } else {
+                loop_.expect_soon(kNextRequest);
+            }
             break;
     }
 }
 
 void ClassicQueue::note_several() {
     lone_.several();
+    if (lone_.likely()) return;
     if (index_ != 0) {
         siblings_.several_.store(true, std::memory_order_relaxed);
         return;

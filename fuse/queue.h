@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -40,19 +41,19 @@ struct QueueCounters {
 class LoneClient {
   public:
     /// A request was answered, and none was waiting behind it.
-    void one() { ++streak_; }
-    /// There was more to do at once.
-    void several() { streak_ = 0; }
-    /// Several in a row came one by one.
-    bool likely() const { return streak_ >= kFew; }
-    bool sure() const { return streak_ >= kMany; }
+    void one() { score_ = std::min(score_ + 1, kMost); }
+    /// There was more to do at once. Once in a while that happens with one client, too, while it moves between CPUs.
+    void several() { score_ -= std::min(score_, kDoubt); }
+    /// Most came one by one.
+    bool likely() const { return score_ >= kFew; }
+    bool sure() const { return score_ >= kMany; }
     /// To be asked for each request. Of one that was there at once: whether this thread had to let somebody else run
     /// since the request before, who may well have been the client, woken by the reply.
     bool came_meanwhile();
 
   private:
-    static constexpr uint32_t kFew = 16, kMany = 64;
-    uint32_t streak_ = 0;
+    static constexpr uint32_t kFew = 16, kMany = 64, kMost = 128, kDoubt = 32;
+    uint32_t score_ = 0;
     int64_t preemptions_ = 0;
 };
 

@@ -149,7 +149,7 @@ Task<void> RingQueue::answer(Entry* entry) {
     counters_.count(call);
     if (!lone) {
         lone_.several();
-        follower_.stop();
+        if (!lone_.likely()) follower_.stop();
     } else if (lone_.one(); lone_.sure()) {
         // Its CPU's queue is answered on that CPU.
         (void)follower_.follow(call.header.pid);

@@ -8,10 +8,10 @@ namespace {
 
 /// Polling takes a CPU that others may want: it must be so much better.
 constexpr std::array<double, kTactics> kWorth = {1.0, 1.0, 0.7};
-/// How much a new measurement counts.
-constexpr double kFresh = 0.4;
+/// A measurement over so many requests counts as much as all before it: what a tactic is like shows after a while.
+constexpr double kHalf = 512;
 /// So much better must another one be than the best so far.
-constexpr double kMargin = 1.05;
+constexpr double kMargin = 1.15;
 
 constexpr size_t index_of(Tactic tactic) { return static_cast<size_t>(tactic); }
 
@@ -25,8 +25,8 @@ void Tactics::forbid(Tactic tactic) {
 
 void Tactics::reset() {
     started_ = false;
-    first_trials_ = kTactics;
-    keep_ = kKeepLeast;
+    if (first_trials_ > 0) first_trials_ = kTactics;
+    keep_ = kProbation;
     forbidden_ = {};
 }
 
@@ -41,7 +41,8 @@ void Tactics::note(Clock::time_point now, uint64_t answered) {
     const size_t i = index_of(current_);
     const double seconds = std::max(std::chrono::duration<double>(now - begun_).count(), 1e-9);
     const double rate = kWorth[i] * static_cast<double>(answered - begun_at_) / seconds;
-    rate_[i] = rate_[i] == 0 ? rate : (1 - kFresh) * rate_[i] + kFresh * rate;
+    const double fresh = static_cast<double>(requests_) / (static_cast<double>(requests_) + kHalf);
+    rate_[i] = rate_[i] == 0 ? rate : (1 - fresh) * rate_[i] + fresh * rate;
 }
 
 void Tactics::choose() {
@@ -49,7 +50,7 @@ void Tactics::choose() {
     for (size_t i = 0; i < kTactics; ++i) {
         if (!forbidden_[i] && rate_[i] > kMargin * rate_[index_of(best)]) best = static_cast<Tactic>(i);
     }
-    keep_ = best == best_ ? std::min(keep_ * 2, kKeepMost) : kKeepLeast;
+    keep_ = best == best_ ? std::min(keep_ * 2, kKeepMost) : kProbation;
     best_ = best;
 }
 
@@ -62,31 +63,29 @@ Tactic Tactics::other() const {
     return static_cast<Tactic>(i);
 }
 
-Tactic Tactics::next(uint64_t answered, Clock::time_point now) {
+void Tactics::step(uint64_t answered, Clock::time_point now) {
     if (!started_) {
         started_ = true;
-        tried_ = Tactic::kFollow;
-        use(tried_, answered, kMeasure);
-        return current_;
+        if (first_trials_ == 0) return use(best_, answered, keep_);
+        tried_ = Tactic::kPair;
+        return use(tried_, answered, kMeasure);
     }
     const bool useless = forbidden_[index_of(current_)];
-    if (!useless && answered < next_step_) return current_;
     if (!useless && !measuring_) {
         measuring_ = true;
         begun_at_ = answered;
         begun_ = now;
         next_step_ = answered + requests_;
-        return current_;
+        return;
     }
     if (!useless) note(now, answered);
     if (first_trials_ > 0 && --first_trials_ > 0) {
         tried_ = static_cast<Tactic>(kTactics - first_trials_);
-        use(tried_, answered, kMeasure);
-        return current_;
+        return use(tried_, answered, kMeasure);
     }
     const bool was_best = current_ == best_ && !useless;
     choose();
-    if (was_best && current_ == best_) {
+    if (was_best && current_ == best_ && keep_ > kKeepLeast) {
         // What could not be used may be possible now.
         tried_ = other();
         forbidden_[index_of(tried_)] = false;
@@ -94,7 +93,6 @@ Tactic Tactics::next(uint64_t answered, Clock::time_point now) {
     } else {
         use(best_, answered, keep_);
     }
-    return current_;
 }
 
 }  // namespace gantry::fuse

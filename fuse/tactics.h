@@ -13,8 +13,8 @@ namespace gantry::fuse {
 /// For such a client waking CPUs up costs more than all the rest, and which way costs least depends on the machine and
 /// on what else it does.
 enum class Tactic : uint8_t {
-    kFollow,  // the loop keeps to the CPU that the client runs on
     kPair,    // two loops wait for requests, in turn: one is still awake where the other one's client wakes up
+    kFollow,  // the loop keeps to the CPU that the client runs on
     kPoll,    // the loop looks for the next request for a while before it sleeps
 };
 constexpr size_t kTactics = 3;
@@ -25,15 +25,22 @@ constexpr size_t kTactics = 3;
 class Tactics {
   public:
     /// Requests until a tactic counts, and requests it is measured over.
-    static constexpr uint64_t kSettle = 64, kMeasure = 256;
-    /// For how many requests the best one is used between two trials, at least and at most.
-    static constexpr uint64_t kKeepLeast = 2048, kKeepMost = 32768;
+    static constexpr uint64_t kSettle = 32, kMeasure = 128;
+    /// For how many requests a new best one is used before it is judged again, and between two trials of others at
+    /// least and at most.
+    static constexpr uint64_t kProbation = 1024, kKeepLeast = 8192, kKeepMost = 65536;
 
     /// A tactic that cannot be used is not tried for a while.
     void forbid(Tactic tactic);
-    /// The one to be used now. `answered`: requests so far, of all loops; `now`: the time, at least roughly.
-    Tactic next(uint64_t answered, Clock::time_point now);
-    /// The client is not alone any more; what was measured is a hint for the next time.
+    /// The one to be used now.
+    Tactic current() const { return current_; }
+    /// Whether step() has something to do. `answered`: requests so far, of all loops.
+    bool due(uint64_t answered) const {
+        return !started_ || answered >= next_step_ || forbidden_[static_cast<size_t>(current_)];
+    }
+    /// To be called when it is due: measures, and chooses what is used from now on.
+    void step(uint64_t answered, Clock::time_point now);
+    /// The client is not alone any more; the next time begins with what was best.
     void reset();
     Tactic best() const { return best_; }
     /// Every tactic has been tried.
@@ -47,13 +54,13 @@ class Tactics {
 
     std::array<double, kTactics> rate_{};  // requests a second, weighted and averaged; 0: not known
     std::array<bool, kTactics> forbidden_{};
-    Tactic best_ = Tactic::kFollow;
-    Tactic current_ = Tactic::kFollow;
-    Tactic tried_ = Tactic::kFollow;  // the last trial
+    Tactic best_ = Tactic::kPair;
+    Tactic current_ = Tactic::kPair;
+    Tactic tried_ = Tactic::kPair;    // the last trial
     size_t first_trials_ = kTactics;  // left
     bool started_ = false;
     bool measuring_ = false;
-    uint64_t keep_ = kKeepLeast;
+    uint64_t keep_ = kProbation;
     uint64_t requests_ = 0;   // of this use
     uint64_t next_step_ = 0;  // in requests answered
     uint64_t begun_at_ = 0;
