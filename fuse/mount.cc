@@ -123,6 +123,11 @@ bool Mount::connected() const {
     return fd_ && ::poll(&ready, 1, 0) >= 0 && !(ready.revents & (POLLERR | POLLHUP | POLLNVAL));
 }
 
+UniqueFd Mount::open_own_root() const {
+    const auto entry = find_mount(device_);
+    return entry && *entry ? open_root(**entry) : UniqueFd();
+}
+
 Task<Result<>> Mount::unmount(bool hard) {
     co_return co_await run_blocking([this, hard] { return unmount_blocking(hard); });
 }

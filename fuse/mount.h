@@ -67,6 +67,8 @@ class Mount {
     Result<> unmount_blocking(bool hard);
     /// The kernel still sends requests to the descriptor: until it does not, device() is the number of this mount.
     bool connected() const;
+    /// O_PATH; invalid: it is not there any more, or covered by a mount of somebody else.
+    UniqueFd open_own_root() const;
     /// Nobody is kept from opening what was covered any more.
     void forget();
     UniqueFd fd_;

@@ -47,6 +47,14 @@ class MountCase(FuseCase):
         pathlib.Path(path).touch(mode)
         return path
 
+    def wrapped(self, script):
+        """Daemons are started by a shell script that ends with `exec ... "$@"`, $0 being gantryd."""
+        path = self.path("wrapper")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(f"#!/bin/sh\nset -e\n{script.replace('GANTRYD', GANTRYD)}\n")
+        os.chmod(path, 0o755)
+        self.enterContext(unittest.mock.patch.object(gantry_test, "GANTRYD", path))
+
 
 class Rules(MountCase):
     """spec/fuse.md section 1, "Mount point rules"."""
@@ -341,6 +349,28 @@ class Removal(MountCase):
         self.run_tool(gantry_test.GANTRY, "umount", at.path, check=False)
         self.assertFalse(at.is_mounted())
 
+    def test_somebody_mounts_over_it_in_a_container(self):
+        """There the kernel's control files are not to be seen, and rings end by an abort alone."""
+        require_gantry("the reference has no rings")
+        require("unshare", "nsenter")
+        fuse_case.need_root("mount --bind")
+        if not fuse_case.gantryd_is_on_io_uring():
+            self.skipTest("rings need io_uring")
+        self.enterContext(fuse_case.uring_enabled())
+        self.wrapped("exec unshare -m --propagation private sh -c "
+                     '"umount /sys/fs/fuse/connections || :; exec GANTRYD \\"\\$@\\"" sh "$@"')
+        image, path, other = self.make_image("raw", SIZE), self.touch("file"), self.touch("other")
+        daemon = self.daemon("--blockdev", json.dumps(self.node_options(image, "raw", "disk")), "--export",
+                             f"fuse,id=e,node-name=disk,mountpoint={path},x-transport=uring")
+        inside = ["nsenter", "-t", str(daemon.process.pid), "-m"]
+        self.assertEqual(self.run_tool(*inside, "stat", "-c", "%s", path).stdout, f"{SIZE}\n")
+        self.run_tool(*inside, "mount", "--bind", other, path)
+        daemon.qmp.cmd("block-export-del", id="e", mode="hard")
+        daemon.qmp.event("BLOCK_EXPORT_DELETED", id="e")
+        mounts = self.run_tool(*inside, "grep", path, "/proc/self/mountinfo").stdout.splitlines()
+        self.assertEqual(len(mounts), 2, "the other's stays, and what it covers")
+        self.assertEqual(self.run_tool(*inside, "stat", "-c", "%s", path).stdout, "0\n")
+
 
 class Stale(MountCase):
     """What a killed daemon leaves."""
@@ -448,14 +478,6 @@ class Unprivileged(MountCase):
         os.chown(path, USER, USER)
         os.chmod(path, mode)
         return path
-
-    def wrapped(self, script):
-        """Daemons are started by a shell script that ends with `exec ... "$@"`, $0 being gantryd."""
-        path = self.path("wrapper")
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(f"#!/bin/sh\nset -e\n{script.replace('GANTRYD', GANTRYD)}\n")
-        os.chmod(path, 0o755)
-        self.enterContext(unittest.mock.patch.object(gantry_test, "GANTRYD", path))
 
     def as_user(self, *more):
         self.wrapped(f'exec setpriv --reuid={USER} --regid={USER} --clear-groups {" ".join(more)} GANTRYD "$@"')
