@@ -20,8 +20,8 @@ struct MountPoint {
 };
 
 /// Checks spec/fuse.md section 1, "Mount point rules" (what a daemon that is gone has left there is unmounted first);
-/// for the errors see Mount::create. Two daemons that come at the same time get it one after the other. Blocks as long as
-/// the path's file system does, but never for an export.
+/// for the errors see Mount::create. Two daemons that come at the same time get it one after the other. Blocks as long
+/// as the path's file system does, but never for an export.
 Result<MountPoint> find_mount_point(const std::string& path);
 
 struct Covered {
