@@ -80,10 +80,20 @@ Task<Result<json::value>> block_export_del(Services& services, json::object argu
 Task<Result<json::value>> query_block_exports(Services& services, json::object) {
     json::array list;
     for (const exports::ExportInfo& info : services.exports.list()) {
-        list.push_back({{"id", info.id},
-                        {"type", info.type},
-                        {"node-name", info.node_name},
-                        {"shutting-down", info.shutting_down}});
+        json::object one{
+            {"id", info.id}, {"type", info.type}, {"node-name", info.node_name}, {"shutting-down", info.shutting_down}};
+        const exports::Export* found =
+            info.type == "fuse" && !info.shutting_down ? services.exports.find(info.id) : nullptr;
+        const json::object details = found ? found->details() : json::object();
+        const json::value* passthrough = details.if_contains("passthrough");
+        for (const char* key : {"transport", "transport-reason"}) {
+            if (const json::value* value = details.if_contains(key)) one[key] = *value;
+        }
+        if (passthrough && passthrough->as_bool()) {
+            one["transport"] = "passthrough";
+            one["transport-reason"] = "x-passthrough=on; what else there is to ask comes by /dev/fuse";
+        }
+        list.push_back(std::move(one));
     }
     co_return json::value(std::move(list));
 }

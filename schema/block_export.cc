@@ -116,6 +116,11 @@ constexpr Member kExportInfoMembers[] = {
     required("type", kBlockExportType, "its kind"),
     required("node-name", kStr, "the node it shows at present"),
     required("shutting-down", kBool, "its removal has begun"),
+    optional(
+        "transport", kStr, "",
+        "how requests for a file (type fuse) come: classic, uring, or passthrough, which leaves reading and writing "
+        "to the kernel"),
+    optional("transport-reason", kStr, "", "why that one"),
 };
 constinit const Type kExportInfo = struct_type("BlockExportInfo", "An export.", kExportInfoMembers);
 constinit const Type kExportInfoList = array_of(kExportInfo);

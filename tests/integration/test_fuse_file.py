@@ -695,6 +695,8 @@ class Together(FuseCase):
         (export,) = at.qmp.cmd("query-block-exports")
         self.assertEqual((export["id"], export["type"], export["node-name"], export["shutting-down"]),
                          ("e", "fuse", "disk", False))
+        if IS_GANTRY:
+            self.assertEqual((export["transport"], export["transport-reason"]), ("classic", "classic: as asked"))
 
     def test_closes_by_thousands(self):
         at = self.mount("raw", SIZE)

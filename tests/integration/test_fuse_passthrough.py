@@ -55,6 +55,8 @@ class Passthrough(FuseCase):
                     memory.flush()
                 os.fsync(fd)
                 self.assertEqual(self.requests(mounted), before)
+                about, = mounted.qmp.cmd("query-block-exports")
+                self.assertEqual(about["transport"], "passthrough")
                 self.assertEqual(pathlib.Path(image).read_bytes(), bytes(model))
                 # What is not data still is ours: times, size, holes.
                 self.assertEqual(os.fstat(fd).st_size, len(model))
