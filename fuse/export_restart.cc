@@ -1,10 +1,10 @@
 // FuseExport: what it leaves to the process after this one, and what it takes from the one before.
 
 #include <poll.h>
-
 #include <sys/stat.h>
 
 #include "fuse/export.h"
+#include "fuse/saved.h"
 #include "runtime/log.h"
 #include "runtime/own_mounts.h"
 
@@ -13,24 +13,6 @@ namespace gantry::fuse {
 namespace {
 
 constexpr auto kPause = std::chrono::seconds(1);
-
-bool flag_in(const json::object& state, std::string_view key) {
-    const json::value* value = state.if_contains(key);
-    return value && value->is_bool() && value->get_bool();
-}
-
-uint64_t number_in(const json::object& object, std::string_view key) {
-    const json::value* value = object.if_contains(key);
-    boost::system::error_code error;
-    const uint64_t number = value && value->is_number() ? value->to_number<uint64_t>(error) : 0;
-    return error ? 0 : number;
-}
-
-const json::object& object_in(const json::object& state, std::string_view key) {
-    static const json::object empty;
-    const json::value* value = state.if_contains(key);
-    return value && value->is_object() ? value->get_object() : empty;
-}
 
 /// What makes these bytes those of one image, for as long as this machine runs: the formats, the part that is shown,
 /// and the file. Filters, whether a command line names them or a job puts them there, show the same bytes.
@@ -67,7 +49,7 @@ std::string FuseExport::misfit(const Legacy& legacy) const {
     pollfd connection{legacy.devices.front().get(), POLLIN, 0};
     if (::poll(&connection, 1, 0) < 0 || (connection.revents & POLLERR))
         return "its connection to the kernel has ended";
-    const uint64_t device = number_in(object_in(state, "mount"), "device");
+    const uint64_t device = number_in(members_in(state, "mount"), "device");
     const auto place = place_of(options_.mountpoint, true);
     if (!place || place->device != device)
         return fmt::format("it was mounted elsewhere than '{}'", options_.mountpoint);
@@ -80,8 +62,8 @@ std::string FuseExport::misfit(const Legacy& legacy) const {
     if (flag_in(state, "writable") != writable()) return writable() ? "it was read-only" : "it was writable";
     if (flag_in(state, "cached") != options_.cached) return "x-cached is another";
     if (state.contains("passthrough") != options_.passthrough) return "x-passthrough is another";
-    if (flag_in(object_in(state, "mount"), "allow-other") ? options_.allow_other == AllowOther::kOff
-                                                          : options_.allow_other == AllowOther::kOn) {
+    if (flag_in(members_in(state, "mount"), "allow-other") ? options_.allow_other == AllowOther::kOff
+                                                           : options_.allow_other == AllowOther::kOn) {
         return "allow-other is another";
     }
     const uint64_t size = number_in(state, "size"), now = root().node().size();
@@ -102,7 +84,7 @@ Task<void> FuseExport::inherit() {
         co_return;
     }
     auto legacy = std::make_unique<Legacy>(std::move(*found));
-    auto mount = co_await Mount::adopt(object_in(legacy->state, "mount"), std::move(legacy->devices.front()),
+    auto mount = co_await Mount::adopt(members_in(legacy->state, "mount"), std::move(legacy->devices.front()),
                                        std::move(legacy->covered));
     kept_ = KeptExport::inherit(*context_.keeper, id(), std::move(legacy->file));
     if (!mount) {
@@ -144,7 +126,7 @@ void FuseExport::keep() {
         }
         kept_ = std::move(*kept);
     } else {
-        if (const Result<> loaded = service_->attributes().load(object_in(legacy_->state, "attributes")); !loaded) {
+        if (const Result<> loaded = service_->attributes().load(members_in(legacy_->state, "attributes")); !loaded) {
             log::warn("export '{}': {}", id(), loaded.error().message());
         }
         service_->adopt_open_files(number_in(legacy_->state, "open-files"));

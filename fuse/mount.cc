@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "fuse/mount_point.h"
+#include "fuse/saved.h"
 #include "fuse/stale_mounts.h"
 #include "runtime/blocking_pool.h"
 #include "runtime/log.h"
@@ -38,18 +39,6 @@ struct CleaningWork : PoolItem {
         pool.submit(*work);
     }
 };
-
-/// Members of what save() made, as a process before this one may have damaged it.
-uint64_t number_of(const json::object& saved, std::string_view name) {
-    const json::value* value = saved.if_contains(name);
-    boost::system::error_code error;
-    const uint64_t number = value && value->is_number() ? value->to_number<uint64_t>(error) : 0;
-    return error ? 0 : number;
-}
-std::string text_of(const json::object& saved, std::string_view name) {
-    const json::value* value = saved.if_contains(name);
-    return value && value->is_string() ? std::string(value->get_string()) : std::string();
-}
 
 }  // namespace
 
@@ -88,13 +77,12 @@ Task<Result<std::unique_ptr<Mount>>> Mount::adopt(const json::object& saved, Uni
     std::unique_ptr<Mount> mount(new Mount);
     mount->fd_ = std::move(fd);
     mount->covered_ = std::move(covered);
-    mount->export_id_ = text_of(saved, "export-id");
-    mount->path_ = text_of(saved, "path");
-    mount->device_ = number_of(saved, "device");
-    mount->covered_device_ = number_of(saved, "covered-device");
-    mount->covered_inode_ = number_of(saved, "covered-inode");
-    const json::value* all = saved.if_contains("allow-other");
-    mount->allow_other_ = all && all->is_bool() && all->get_bool();
+    mount->export_id_ = text_in(saved, "export-id");
+    mount->path_ = text_in(saved, "path");
+    mount->device_ = number_in(saved, "device");
+    mount->covered_device_ = number_in(saved, "covered-device");
+    mount->covered_inode_ = number_in(saved, "covered-inode");
+    mount->allow_other_ = flag_in(saved, "allow-other");
     CO_TRY(const std::optional<MountEntry> entry, find_mount(mount->device_));
     // Where the connection was aborted, the mount may still be there, and so may one of another daemon by that number.
     if (!entry || mount->device_ == 0 || entry->source != mount_source(mount->export_id_) || !mount->connected()) {

@@ -6,6 +6,7 @@
 
 #include <cerrno>
 
+#include "fuse/saved.h"
 #include "fuse/wire.h"
 #include "runtime/log.h"
 
@@ -32,13 +33,6 @@ std::string meaning(int e) {
         default:
             return errno_text(e);
     }
-}
-
-uint64_t number_in(const json::object& object, std::string_view key) {
-    const json::value* value = object.if_contains(key);
-    boost::system::error_code error;
-    const uint64_t number = value && value->is_number() ? value->to_number<uint64_t>(error) : 0;
-    return error ? 0 : number;
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include "fuse/mount.h"
 #include "fuse/mount_point.h"
 #include "fuse/mountinfo.h"
+#include "fuse/saved.h"
 #include "runtime/blocking_pool.h"
 #include "runtime/log.h"
 #include "runtime/own_mounts.h"
@@ -35,22 +36,8 @@ Part part_of(int fd) {
     return S_ISREG(st.st_mode) ? Part::kState : Part::kUnknown;
 }
 
-const json::object* object_in(const json::object& state, std::string_view key) {
-    const json::value* value = state.if_contains(key);
-    return value ? value->if_object() : nullptr;
-}
-
-uint64_t number_in(const json::object& object, std::string_view key) {
-    const json::value* value = object.if_contains(key);
-    boost::system::error_code error;
-    const uint64_t number = value && value->is_number() ? value->to_number<uint64_t>(error) : 0;
-    return error ? 0 : number;
-}
-
 OwnMounts::Mounted place_in(const std::string& export_id, const json::object& mount) {
-    const json::value* path = mount.if_contains("path");
-    return {fmt::format("FUSE export '{}'", export_id),
-            path && path->is_string() ? std::string(path->get_string()) : std::string(), number_in(mount, "device"),
+    return {fmt::format("FUSE export '{}'", export_id), text_in(mount, "path"), number_in(mount, "device"),
             number_in(mount, "covered-device"), number_in(mount, "covered-inode")};
 }
 
