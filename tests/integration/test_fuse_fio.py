@@ -7,12 +7,11 @@ import pathlib
 import signal
 import subprocess
 import sys
-import threading
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 import fuse_guard
 import gantry_test
-from fuse_case import SOAK, FuseCase, ready_for, transports
+from fuse_case import SOAK, FuseCase, at_the_same_time, ready_for, transports
 from fuse_load import Load
 from gantry_test import IS_GANTRY, KIB, MIB, require, require_gantry, wait_for
 
@@ -272,26 +271,16 @@ while True:
 
     def opened_and_closed(self, form, name, options):
         at = self.mount(form, image=self.make_image(form, SIZE, name), mountpoint=self.path("f-" + name), **options)
-        rounds, failures = 3000 if SOAK else 250, []
+        rounds = 3000 if SOAK else 250
 
         def work(number):
-            try:
-                for i in range(rounds):
-                    fd = os.open(at.path, os.O_RDWR)
-                    os.pwrite(fd, bytes([i % 256]) * 512, number * 512)
-                    if os.pread(fd, 512, number * 512) != bytes([i % 256]) * 512:
-                        raise AssertionError("something else was read")
-                    os.close(fd)
-            except BaseException as error:  # pylint: disable=broad-except
-                failures.append(error)
+            for i in range(rounds):
+                fd = os.open(at.path, os.O_RDWR)
+                os.pwrite(fd, bytes([i % 256]) * 512, number * 512)
+                self.assertEqual(os.pread(fd, 512, number * 512), bytes([i % 256]) * 512)
+                os.close(fd)
 
-        workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        for failure in failures:
-            raise failure
+        at_the_same_time(work, range(4))
         at.qmp.delete_export("e")
         wait_for(lambda: not at.is_mounted(), "the mount to go")
         at.daemon.stop()

@@ -13,7 +13,7 @@ import threading
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 import gantry_test
 from file_model import FileModel
-from fuse_case import SOAK, FuseCase, ready_for, transports
+from fuse_case import SOAK, FuseCase, at_the_same_time, ready_for, transports
 from gantry_test import IS_GANTRY, KIB, MIB, require, require_gantry, text_block, wait_for
 
 FORMATS = ("raw", "qcow2")
@@ -78,25 +78,11 @@ class Model(FuseCase):
         size, label = 4 * MIB, f"{form}-{name}"
         at = self.mount(form, image=self.small_clusters(form, size, label), mountpoint=self.path("f-" + label), **options)
         part = size // count
-        failures = []
         models = [FileModel(at.path, number, begin=number * part, room=part, maps=IS_GANTRY, unit=UNIT, punches=punches(form),
                             direct_unit=4096 if options.get("passthrough") else 1) for number in range(count)]
-
-        def work(model):
-            try:
-                model.run(OPERATIONS // 2)
-            except BaseException as error:  # pylint: disable=broad-except
-                failures.append(error)
-
-        workers = [threading.Thread(target=work, args=(model,)) for model in models]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        at_the_same_time(lambda model: model.run(OPERATIONS // 2), models)
         for model in models:
             model.close()
-        for failure in failures:
-            raise failure
         self.finish(at, form, b"".join(bytes(model.data) for model in models))
 
     def test_threads(self):
@@ -116,27 +102,17 @@ class Model(FuseCase):
                     at = self.mount(form, image=self.make_image(form, 512, label), mountpoint=self.path("f-" + label),
                                     growable=True, **options)
                     block, rounds, count = 4096, 400 if SOAK else 60, 4
-                    failures = []
 
                     def work(number, at=at):
-                        try:
-                            fd = os.open(at.path, os.O_RDWR | (os.O_DIRECT if number % 2 and IS_GANTRY else 0))
-                            page = mmap.mmap(-1, block)
-                            for i in range(rounds):
-                                index = i * count + number
-                                page[:] = index.to_bytes(8, "big") * (block // 8)
-                                os.pwritev(fd, [page], index * block)
-                            os.close(fd)
-                        except BaseException as error:  # pylint: disable=broad-except
-                            failures.append(error)
+                        fd = os.open(at.path, os.O_RDWR | (os.O_DIRECT if number % 2 and IS_GANTRY else 0))
+                        page = mmap.mmap(-1, block)
+                        for i in range(rounds):
+                            index = i * count + number
+                            page[:] = index.to_bytes(8, "big") * (block // 8)
+                            os.pwritev(fd, [page], index * block)
+                        os.close(fd)
 
-                    workers = [threading.Thread(target=work, args=(number,)) for number in range(count)]
-                    for worker in workers:
-                        worker.start()
-                    for worker in workers:
-                        worker.join()
-                    for failure in failures:
-                        raise failure
+                    at_the_same_time(work, range(count))
                     self.assertEqual(at.size(), rounds * count * block)
                     self.finish(at, form, b"".join(i.to_bytes(8, "big") * (block // 8) for i in range(rounds * count)))
 

@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""Where an export can be mounted, by whom, and how it ends. What happens to data: test_fuse_file.py."""
+"""Where an export can be mounted, by whom, and how it ends. What happens to data: test_fuse_file.py, test_fuse_sizes.py."""
 # One configuration: nothing of it depends on how loops do their I/O.
 
 import contextlib

@@ -1,5 +1,6 @@
 """Tests of the FUSE export: a daemon that shows an image as a file, and no mount that survives its test."""
 
+import concurrent.futures
 import contextlib
 import ctypes
 import errno
@@ -60,6 +61,12 @@ def extents(fd, end=None):
         at = os.lseek(fd, begin, os.SEEK_HOLE)
         found.append((begin, at))
     return found
+
+
+def at_the_same_time(work, each):
+    """work(one) for each, in threads of their own; raises what one of them has raised, when all have ended."""
+    with concurrent.futures.ThreadPoolExecutor(len(each)) as threads:
+        list(threads.map(work, each))
 
 
 def need_fuse():
