@@ -39,9 +39,9 @@ class BlkService {
   public:
     explicit BlkService(BlkDevice& device) : device_(device) {}
 
-    /// Looks at `request.chain`: header and status are taken off. False: it has no place for a status, which breaks the
-    /// ring.
-    bool begin(BlkRequest& request) const;
+    /// Looks at `request.chain`: header and status are taken off. What it says breaks the ring, as there is no header
+    /// or no place for a status; null: nothing.
+    const char* begin(BlkRequest& request) const;
     /// True: answered at once, by memory or page cache. Writes nothing to the status byte yet.
     bool try_answer(BlkRequest& request, block::Channel& channel) const;
     /// The same for what takes longer. `request` and `channel` stay until completion.
@@ -51,7 +51,8 @@ class BlkService {
     BlkDevice& device() const { return device_; }
 
   private:
-    bool try_data(BlkRequest& request, block::Channel& channel) const;
+    bool fits(const BlkRequest& request) const;
+    void answer_id(BlkRequest& request) const;
     Task<void> answer_ranges(BlkRequest& request, block::Channel& channel) const;
     BlkDevice& device_;
 };
