@@ -204,11 +204,36 @@ void Loop::turn(const bool* done) {
     }
     if (budget != kTurnBudget) in.trimmed = false;
     if ((done && *done) || in.stopping()) return;
-    if (budget == 0) {
+    const bool found = in.pollers && look_at_pollers();
+    if (budget == 0 || found) {
         backend_->wait(Clock::time_point::min());
     } else {
         idle();
     }
+}
+
+void Loop::add_poller(Poller& poller) {
+    CHECK(!poller.linked_, "a poller is added once");
+    Poller*& first = impl_->pollers;
+    poller.linked_ = true;
+    poller.previous_ = nullptr;
+    poller.next_ = first;
+    if (first) first->previous_ = &poller;
+    first = &poller;
+}
+
+void Loop::remove_poller(Poller& poller) {
+    if (!poller.linked_) return;
+    poller.linked_ = false;
+    (poller.previous_ ? poller.previous_->next_ : impl_->pollers) = poller.next_;
+    if (poller.next_) poller.next_->previous_ = poller.previous_;
+}
+
+/// True when something came.
+bool Loop::look_at_pollers() {
+    bool found = false;
+    for (Poller* poller = impl_->pollers; poller; poller = poller->next_) found |= poller->poll();
+    return found;
 }
 
 /// True when something came.
@@ -217,6 +242,7 @@ bool Loop::poll_until(Clock::time_point deadline) {
     do {
         backend_->wait(Clock::time_point::min());
         if (!in.ready.empty() || in.has_posted()) return true;
+        if (in.pollers && look_at_pollers()) return true;
     } while (Clock::now() < deadline);
     return false;
 }
@@ -285,10 +311,13 @@ void Loop::unfollow() {
 void Loop::sleep(Clock::time_point deadline) {
     Impl& in = *impl_;
     const auto trim_at = in.trimmed ? Clock::time_point::max() : turn_time_ + kTrimAfter;
+    bool awake = false;
+    for (Poller* poller = in.pollers; poller; poller = poller->next_) awake |= poller->before_sleep();
     in.sleeping.store(true, std::memory_order_seq_cst);
-    const bool awake = in.has_posted() || in.stopping();
+    awake |= in.has_posted() || in.stopping();
     backend_->wait(awake ? Clock::time_point::min() : std::min(deadline, trim_at));
     in.sleeping.store(false, std::memory_order_relaxed);
+    for (Poller* poller = in.pollers; poller; poller = poller->next_) poller->after_sleep();
     if (!in.trimmed && in.ready.empty() && !in.has_posted() && Clock::now() >= trim_at) {
         buffer_cache_trim();
         in.trimmed = true;

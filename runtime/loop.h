@@ -17,6 +17,7 @@
 #include <string_view>
 
 #include "runtime/error.h"
+#include "runtime/poller.h"
 #include "runtime/task.h"
 
 namespace gantry {
@@ -146,6 +147,9 @@ class Loop {
     void expect_soon(std::chrono::nanoseconds limit) {
         if (!options_.poll_max) expected_within_ = std::max(expected_within_, limit);
     }
+    /// From now on `poller` is looked at; until remove_poller(), which it outlives. Not from inside its functions.
+    void add_poller(Poller& poller);
+    void remove_poller(Poller& poller);
     /// Kernel thread id once run() was entered, else 0. Any thread.
     int thread_id() const { return tid_.load(std::memory_order_relaxed); }
     /// Time at the start of this turn (cheap).
@@ -173,6 +177,7 @@ class Loop {
     void idle();
     bool poll_until(Clock::time_point deadline);
     bool poll_for_expected(Clock::time_point next_timer);
+    bool look_at_pollers();
     void sleep(Clock::time_point deadline);
     void run_while(const bool& done);
 

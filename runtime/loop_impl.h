@@ -44,6 +44,7 @@ struct Loop::Impl {
     // Own loop only.
     ReadyList ready;
     TimerQueue timers;
+    Poller* pollers = nullptr;
     PostItem* batch = nullptr;  // taken from `posted`, in order, not run yet
     std::chrono::nanoseconds poll_time{0};
     bool heeds_stop = false;  // inside run()

@@ -4,8 +4,9 @@
 
 namespace gantry {
 
-/// Registered with Loop::add_poller(). The loop looks at it between turns and while it polls, and has itself woken only
-/// while it sleeps. Functions are called on the loop; none resumes a coroutine inline, they put it on the ready list.
+/// Registered with Loop::add_poller(). The loop looks at it after each turn and while it polls, and needs to be woken
+/// only while it sleeps. Functions are called on the loop; none resumes a coroutine inline, they put it on the ready
+/// list.
 class Poller {
   public:
     virtual ~Poller() = default;
