@@ -96,6 +96,8 @@ class AddressSpace {
         return source_ && translate_more(address, length, parts, max_parts, before);
     }
     bool broken() const { return memory_->broken(); }
+    /// Another table; nothing that the one before gave is in use.
+    void change(std::shared_ptr<const GuestMemory> memory) { memory_ = std::move(memory); }
 
   private:
     bool translate_more(uint64_t address, uint64_t length, std::vector<iovec>& parts, size_t max_parts, size_t before);

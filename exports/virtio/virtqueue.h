@@ -66,13 +66,71 @@ class Virtqueue {
     Task<void> break_off(std::string fault);
 
   private:
+    struct Slot;
+    /// What the loop looks at while the driver need not kick.
+    class Look final : public Poller {
+      public:
+        explicit Look(Virtqueue& queue) : queue_(queue) {}
+        bool poll() override;
+        bool before_sleep() override;
+        void after_sleep() override {}
+
+      private:
+        Virtqueue& queue_;
+    };
+    struct Idle {
+        Virtqueue& queue;
+        bool await_ready() const noexcept { return false; }
+        void await_suspend(std::coroutine_handle<> h) { queue.waiting_ = h; }
+        void await_resume() const noexcept {}
+    };
+
+    Task<void> run();
+    Task<void> watch_kicks();
+    Task<void> answer_later(Slot* slot);
+    bool serve();
+    bool may_take() const;
+    Task<void> wake_when_resumed();
+    void forget();
+    void count(const BlkRequest& request);
+    void publish();
+    void mark_written(const BlkRequest& request);
+    void wake();
+    void report_fault();
+    Task<void> settle();
+    Slot* take_slot();
+
     Loop& loop_;
     const size_t index_;
     const BlkService& service_;
     block::Channel& channel_;
     std::function<void(size_t, const std::string&)> broken_;
     QueueCounters counters_;
+    Look look_{*this};
+
+    // Of one start:
     std::unique_ptr<Ring> ring_;
+    AddressSpace space_;
+    UniqueFd kick_;
+    std::shared_ptr<DirtyLog> log_;
+    bool stopping_ = false;
+    bool listening_ = false;  // the driver will kick
+    bool fault_reported_ = false;
+    bool resuming_ = false;  // wake_when_resumed() runs
+    TaskScope scope_;
+    std::coroutine_handle<> waiting_;  // run(), with nothing to do
+    CancellableIo* polling_ = nullptr;
+    WaitQueue settled_;
+
+    bool enabled_ = false;
+    uint32_t paused_ = 0;
+    std::unique_ptr<Call> call_;
+    std::vector<std::unique_ptr<Slot>> slots_;
+    std::vector<Slot*> free_;
+    std::vector<Slot*> finished_;  // not published yet
+    std::vector<Used> used_;
+    size_t in_flight_ = 0;      // taken and not published
+    uint32_t lone_rounds_ = 0;  // in a row, that brought one request
 };
 
 }  // namespace gantry::virtio
