@@ -12,11 +12,11 @@ class ClientError(RuntimeError):
     pass
 
 
-def find_generator(build):
-    """gantry-bench-load of `build`, else of any optimised build beside it."""
+def find_generator(build, name="gantry-bench-load"):
+    """A load generator of `build`, else of the optimised build beside it."""
     folders = [build, os.path.join(os.path.dirname(build), "release")]
     for folder in folders:
-        program = os.path.join(folder, "gantry-bench-load")
+        program = os.path.join(folder, name)
         if os.path.exists(program):
             return program
     return None
@@ -40,6 +40,17 @@ def load(generator, server, workload, seconds, pin=None):
     out = json.loads(run(command, seconds, pin))
     return {"ios": out["ios"], "iops": out["iops"], "mbps": out["mbps"], "lat_us": out["lat_mean_us"],
             "p99_us": out["lat_p99_us"]}
+
+
+def vhost(generator, server, workload, seconds, pin=None):
+    """A front end with a queue for each connection, and at most as many threads as leave the server a CPU."""
+    threads = max(1, min(workload.connections, (os.cpu_count() or 2) // 2))
+    command = [generator, "--json", "--socket=" + server.socket, "--runtime=%dms" % (seconds * 1000), "--rw=" + workload.rw,
+               "--bs=" + workload.block, "--qd=%d" % workload.depth, "--queues=%d" % workload.connections,
+               "--threads=%d" % threads, *workload.ring]
+    out = json.loads(run(command, seconds, pin))
+    return {"ios": out["ios"], "iops": out["iops"], "mbps": out["mbps"], "lat_us": out["lat_mean_us"],
+            "p99_us": out["lat_p99_us"], "more": {name: round(out[name] / max(out["ios"], 1), 3) for name in ("kicks", "signals")}}
 
 
 def fio_command(workload, seconds):

@@ -6,14 +6,15 @@ import time
 
 from . import clients, processes
 from .images import format_of
-from .workloads import FIO, FIO_FILE, HANDSHAKES, LOAD, NBDCOPY, NBDINFO
+from .workloads import FIO, FIO_FILE, HANDSHAKES, LOAD, NBDCOPY, NBDINFO, VHOST
 
 
 class Bench:
     """One invocation: which servers, where, how long, how often."""
 
-    def __init__(self, directory, images, servers, generator, seconds, rounds, tries, noise_limit, pin):
-        self.directory, self.images, self.servers, self.generator = directory, images, servers, generator
+    def __init__(self, directory, images, servers, generators, seconds, rounds, tries, noise_limit, pin):
+        """`generators`: the programs of the clients LOAD and VHOST."""
+        self.directory, self.images, self.servers, self.generators = directory, images, servers, generators
         self.seconds, self.rounds, self.tries, self.noise_limit, self.pin = seconds, rounds, tries, noise_limit, pin
 
     def run_workload(self, suite_name, suite, workload, client, server_names, sink):
@@ -70,11 +71,13 @@ class Bench:
         server_cpu, machine_cpu, own_cpu = server.cpu_seconds(), processes.machine_cpu_seconds(), processes.own_cpu_seconds()
         begun = time.monotonic()
         if client == LOAD:
-            got = clients.load(self.generator, server, workload, self.seconds, pin)
+            got = clients.load(self.generators[LOAD], server, workload, self.seconds, pin)
         elif client == FIO:
             got = clients.fio(server, workload, self.seconds, pin)
         elif client == FIO_FILE:
             got = clients.fio_file(server, workload, self.seconds, pin)
+        elif client == VHOST:
+            got = clients.vhost(self.generators[VHOST], server, workload, self.seconds, pin)
         elif client == NBDCOPY:
             got = clients.copy(server, workload, image, self.images.path("raw"), pin)
         elif client == NBDINFO:
@@ -93,7 +96,7 @@ class Bench:
         key = {"MB/s": "mbps", "ms": "ms"}.get(workload.unit, "iops")
         return {"value": got[key], "lat_us": round(got["lat_us"], 1),
                 "p99_us": round(got["p99_us"], 1), "cpu_us": server_cpu / got["ios"] * 1e6,
-                "client_cpu_us": own_cpu / got["ios"] * 1e6, "noise": round(others, 3)}
+                "client_cpu_us": own_cpu / got["ios"] * 1e6, "noise": round(others, 3), **got.get("more", {})}
 
 
 def image_of(server, suite):

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-LOAD, FIO, PROBE, NBDCOPY, NBDINFO, HANDSHAKES, FIO_FILE = CLIENTS = (
-    "load", "fio", "probe", "nbdcopy", "nbdinfo", "handshakes", "fio-file")
+LOAD, FIO, PROBE, NBDCOPY, NBDINFO, HANDSHAKES, FIO_FILE, VHOST = CLIENTS = (
+    "load", "fio", "probe", "nbdcopy", "nbdinfo", "handshakes", "fio-file", "vhost")
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Workload:
     clients: tuple = (LOAD, FIO)
     engine: str = ""  # of fio on a file
     o_direct: bool = True  # the client's, on a file
+    ring: tuple = ()  # further options of gantry-bench-vhost
 
     @property
     def writes(self):
@@ -47,7 +48,7 @@ class Suite:
     servers: tuple  # the default ones; ours are `gantry...`
     readonly: bool = False
     tls: str = ""  # x509 or psk
-    front: str = "nbd"  # or fuse: the client works on a file
+    front: str = "nbd"  # or fuse: the client works on a file; or vhost: the client is a virtual machine
 
 
 def transfer(rw, block, depth, connections=1, folios="large"):
@@ -64,6 +65,19 @@ def on_file(rw, block, depth=0, jobs=1, o_direct=True, folios="large"):
     name = "%s-%s-%s" % (rw, block, "qd%d" % depth if depth else "psync")
     name += ("x%d" % jobs if jobs > 1 else "") + ("" if o_direct else "-buffered") + ("-small" if folios == "small" else "")
     return Workload(name, "transfer", rw, block, depth or 1, jobs, folios, (FIO_FILE,), "io_uring" if depth else "psync", o_direct)
+
+
+# What a Linux guest negotiates and does: a call only when it sleeps, every request in an indirect table.
+LINUX_RING = ("--event-idx", "--indirect")
+RINGS = {"": LINUX_RING, "plain": (), "spin": ("--event-idx", "--indirect", "--spin"), "packed": (*LINUX_RING, "--packed"),
+         "pages": (*LINUX_RING, "--segments=64")}
+
+
+def on_ring(rw, block, depth, queues=1, ring="", folios="large"):
+    """`ring`: plain (neither of the two), spin (the guest never sleeps), packed, pages (data in 64 pieces)."""
+    name = "%s-%s-qd%d" % (rw, block, depth) + ("x%d" % queues if queues > 1 else "") + ("-" + ring if ring else "")
+    name += "-small" if folios == "small" else ""
+    return Workload(name, "transfer", rw, block, depth, queues, folios, (VHOST,), ring=RINGS[ring])
 
 
 READS = (transfer("randread", "4k", 1), transfer("randread", "4k", 32), transfer("read", "64k", 8), transfer("read", "256k", 8))
@@ -98,6 +112,16 @@ FILE_SERVERS = ("file", "file-buffered", "gantry-fuse", "gantry-fuse-uring", "ga
 FILE_QCOW2_SERVERS = ("gantry-fuse", "gantry-fuse-on-raw", "gantry-fuse-uring", "gantry-fuse-auto", "qsd-fuse-threads",
                       "qsd-fuse-uring", "qsd-fuse-iothread")
 
+RING_READS = (on_ring("randread", "4k", 1), on_ring("randread", "4k", 1, ring="spin"), on_ring("randread", "4k", 32),
+              on_ring("randread", "4k", 32, ring="plain"), on_ring("randread", "4k", 32, ring="spin"),
+              on_ring("randread", "4k", 32, 2), on_ring("read", "256k", 8), on_ring("read", "256k", 8, ring="pages"))
+PACKED_READS = (on_ring("randread", "4k", 1, ring="packed"), on_ring("randread", "4k", 32, ring="packed"))
+RING_WRITES = (on_ring("randwrite", "4k", 1), on_ring("randwrite", "4k", 32), on_ring("write", "256k", 8))
+RING_SMALL_FOLIO_WRITES = (on_ring("randwrite", "4k", 1, folios="small"), on_ring("randwrite", "4k", 32, folios="small"))
+RING_ALLOCATIONS = (on_ring("randwrite", "4k", 32), on_ring("write", "256k", 8))
+VHOST_PEERS = ("qsd-vhost-threads", "qsd-vhost-uring", "qsd-vhost-uring-iothread", "qsd-vhost-uring-iothread-no-poll")
+VHOST_SERVERS = ("gantry-vhost", "gantry-vhost-iothread", "gantry-vhost-iothread-no-poll", *VHOST_PEERS)
+
 SUITES = {
     "raw": Suite("raw", False, READS + PARALLEL + WRITES + SMALL_FOLIO_WRITES + SERVICE,
                  ("gantry", "qsd-threads", "qsd-uring", "qsd-uring-malloc", "nbdkit", "nbd-server")),
@@ -122,6 +146,16 @@ SUITES = {
     "fuse-qcow2": Suite("qcow2", False, FILE_READS + FILE_WRITES + FILE_SMALL_FOLIO_WRITES + FILE_SERVICE, FILE_QCOW2_SERVERS,
                         front="fuse"),
     "fuse-qcow2-fresh": Suite("fresh", False, FILE_ALLOCATIONS, ("gantry-fuse", "qsd-fuse-threads", "qsd-fuse-uring"), front="fuse"),
+    "vhost-raw": Suite("raw", False, RING_READS + PACKED_READS + RING_WRITES + RING_SMALL_FOLIO_WRITES + FILE_SERVICE, VHOST_SERVERS,
+                       front="vhost"),
+    "vhost-raw-direct": Suite("raw", True, RING_READS + RING_WRITES, ("gantry-vhost", "gantry-vhost-iothread", "qsd-vhost-native",
+                                                                      "qsd-vhost-uring", "qsd-vhost-uring-iothread"), front="vhost"),
+    "vhost-qcow2": Suite("qcow2", False, RING_READS + RING_WRITES + RING_SMALL_FOLIO_WRITES + FILE_SERVICE,
+                         ("gantry-vhost", "gantry-vhost-on-raw", "gantry-vhost-iothread", *VHOST_PEERS), front="vhost"),
+    "vhost-qcow2-fresh": Suite("fresh", False, RING_ALLOCATIONS, ("gantry-vhost", *VHOST_PEERS), front="vhost"),
+    "vhost-null": Suite("null", False, RING_READS + PACKED_READS + RING_WRITES,
+                        ("gantry-vhost-null", "gantry-vhost-null-iothread", "gantry-vhost-null-iothread-no-poll", "qsd-vhost-null",
+                         "qsd-vhost-null-iothread", "qsd-vhost-null-iothread-no-poll"), front="vhost"),
 }
 DEFAULT_SUITES = ("raw", "qcow2")
 
@@ -135,5 +169,9 @@ QUICK = (
     ("fuse-raw", "read-1m-qd8", (FIO_FILE,)), ("fuse-raw", "randwrite-4k-psync", (FIO_FILE,)),
     ("fuse-raw", "write-1m-qd8", (FIO_FILE,)), ("fuse-qcow2", "randread-4k-qd32", (FIO_FILE,)),
     ("fuse-qcow2", "randwrite-4k-psync", (FIO_FILE,)),
+    ("vhost-raw", "randread-4k-qd1", (VHOST,)), ("vhost-raw", "randread-4k-qd32", (VHOST,)), ("vhost-raw", "read-256k-qd8", (VHOST,)),
+    ("vhost-raw", "write-256k-qd8", (VHOST,)), ("vhost-qcow2", "randread-4k-qd32", (VHOST,)),
+    ("vhost-null", "randread-4k-qd32", (VHOST,)),
 )
-QUICK_SERVERS = ("gantry", "gantry-on-raw", "qsd-uring-malloc", "nbdkit", "gantry-fuse", "gantry-fuse-on-raw", "qsd-fuse-uring")
+QUICK_SERVERS = ("gantry", "gantry-on-raw", "qsd-uring-malloc", "nbdkit", "gantry-fuse", "gantry-fuse-on-raw", "qsd-fuse-uring",
+                 "gantry-vhost", "gantry-vhost-on-raw", "qsd-vhost-uring", "gantry-vhost-null", "qsd-vhost-null")

@@ -4,12 +4,11 @@
 
 #include <algorithm>
 #include <array>
-#include <charconv>
-#include <cmath>
 #include <cstring>
 #include <string_view>
 #include <utility>
 
+#include "bench/loadgen/numbers.h"
 #include "bench/loadgen/wire.h"
 
 namespace gantry::bench {
@@ -29,36 +28,6 @@ constexpr std::array<std::pair<std::string_view, Mode>, 6> kModes = {{
     {"connect", Mode::kConnect},
 }};
 
-Outcome<uint64_t> parse_size(std::string_view option, std::string_view text, uint64_t least, uint64_t most) {
-    uint64_t value = 0;
-    const auto [rest, error] = std::from_chars(text.begin(), text.end(), value);
-    std::string_view suffix(rest, static_cast<size_t>(text.end() - rest));
-    unsigned shift = 0;
-    if (suffix == "k" || suffix == "K") shift = 10;
-    if (suffix == "m" || suffix == "M") shift = 20;
-    if (suffix == "g" || suffix == "G") shift = 30;
-    const bool valid = error == std::errc{} && (suffix.empty() || shift != 0) && value <= (UINT64_MAX >> shift);
-    if (!valid || value << shift < least || value << shift > most) {
-        return failure("--" + std::string(option) + "=" + std::string(text) + ": expected a number from " +
-                       std::to_string(least) + " to " + std::to_string(most) + ", with k, M or G if you like");
-    }
-    return value << shift;
-}
-
-Outcome<int64_t> parse_time(std::string_view option, std::string_view text) {
-    double value = 0;
-    const auto [rest, error] = std::from_chars(text.begin(), text.end(), value);
-    const std::string_view suffix(rest, static_cast<size_t>(text.end() - rest));
-    const bool milliseconds = suffix == "ms";
-    const double seconds = milliseconds ? value / 1000 : value;
-    const bool valid = error == std::errc{} && (milliseconds || suffix.empty() || suffix == "s");
-    if (!valid || !std::isfinite(value) || seconds < 0.001 || seconds > 86400) {
-        return failure("--" + std::string(option) + "=" + std::string(text) +
-                       ": expected seconds (1.5) or milliseconds (200ms), at most a day");
-    }
-    return static_cast<int64_t>(seconds * 1e9);
-}
-
 Outcome<> parse_mode(std::string_view text, Options& options) {
     const auto* found = std::ranges::find(kModes, text, &std::pair<std::string_view, Mode>::first);
     if (found == kModes.end()) {
@@ -77,19 +46,6 @@ void parse_tcp(const std::string& text, Options& options) {
     if (options.tcp_host.starts_with('[') && options.tcp_host.ends_with(']')) {
         options.tcp_host = options.tcp_host.substr(1, options.tcp_host.size() - 2);
     }
-}
-
-template <typename T>
-Outcome<> assign(Outcome<uint64_t> parsed, T& to) {
-    if (!parsed) return std::unexpected(std::move(parsed.error()));
-    to = static_cast<T>(*parsed);
-    return {};
-}
-
-Outcome<> assign_time(Outcome<int64_t> parsed, int64_t& to) {
-    if (!parsed) return std::unexpected(std::move(parsed.error()));
-    to = *parsed;
-    return {};
 }
 
 constexpr option kLongOptions[] = {

@@ -108,6 +108,19 @@ class Run(unittest.TestCase):
         with open("/proc/self/mountinfo") as mounts:
             self.assertNotIn(self.directory.name, mounts.read())
 
+    def test_disks_of_virtual_machines_are_compared(self):
+        use = ["qsd-vhost-uring", "qsd-vhost-uring-iothread"]
+        done = self.measure("--suite=vhost-raw", "--servers=" + ",".join(use),
+                            "--workload=randread-4k-qd32,read-256k-qd8-pages,randread-4k-qd1-packed,startup")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertNotIn("! ", done.stderr)
+        groups = report.Results.load(self.results).groups()
+        for server in use:
+            self.assertGreater(groups["vhost-raw", "randread-4k-qd32", "vhost"].median(server, "value"), 0)
+            self.assertGreater(groups["vhost-raw", "read-256k-qd8-pages", "vhost"].median(server, "value"), 0)
+            self.assertGreater(groups["vhost-raw", "startup", "probe"].median(server, "value"), 0)
+        self.assertNotIn(("vhost-raw", "randread-4k-qd1-packed", "vhost"), groups)  # qemu-storage-daemon has no packed rings
+
     def test_missed_bound_is_an_error(self):
         bounds = os.path.join(self.directory.name, "bounds")
         with open(bounds, "w") as file:
@@ -128,7 +141,7 @@ class Run(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    for tool in (os.path.join(BUILD, "gantry-bench-load"), "nbdkit", "qemu-storage-daemon"):
+    for tool in (os.path.join(BUILD, "gantry-bench-load"), os.path.join(BUILD, "gantry-bench-vhost"), "nbdkit", "qemu-storage-daemon"):
         if not shutil.which(tool):
             print("skipped: %s is missing" % tool)
             sys.exit(77)
