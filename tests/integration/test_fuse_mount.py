@@ -128,7 +128,7 @@ class Rules(MountCase):
     def test_a_frozen_daemon_holds_up_nobody(self):
         require_gantry("the reference waits for it")
         at = self.mount("raw", SIZE)
-        at.daemon.process.send_signal(signal.SIGSTOP)
+        gantry_test.freeze(at.daemon.process)
         self.addCleanup(at.daemon.process.send_signal, signal.SIGCONT)
         other = self.touch("other")
         self._guard_mount(other)

@@ -312,7 +312,7 @@ class Umount(Tool):
 
     def test_of_a_daemon_that_hangs(self):
         process = self.start(self.make_image("qcow2", SIZE), "file")
-        process.send_signal(signal.SIGSTOP)
+        gt.freeze(process)
         waiting = subprocess.Popen(["head", "-c", "1", self.path("file")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.addCleanup(waiting.wait)
         self.addCleanup(waiting.kill)

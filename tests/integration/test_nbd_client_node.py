@@ -200,7 +200,7 @@ class Behaviour(NodeCase):
 
     def test_requests_are_under_way_together(self):
         nbd = libnbd()
-        server = self.nbdkit("--filter=delay", "memory", str(SIZE), "rdelay=100ms")
+        server = self.nbdkit("--filter=delay", "memory", str(SIZE), "rdelay=500ms")
         self.client(server)
         h = self.connect()
         begin = time.monotonic()
@@ -210,7 +210,7 @@ class Behaviour(NodeCase):
         while len(done) < len(cookies):
             h.poll(-1)
             done |= {cookie for cookie in cookies if cookie not in done and h.aio_command_completed(cookie)}
-        self.assertLess(time.monotonic() - begin, 1.2)  # one by one: 1.6 s
+        self.assertLess(time.monotonic() - begin, 4)  # one by one: 8 s
 
     def test_several_connections_are_made_when_the_server_allows_them(self):
         image = self.raw_image("disk.raw", SIZE, text_block)

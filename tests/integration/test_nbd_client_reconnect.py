@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import random
-import signal
 import struct
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 import gantry_test
-from gantry_test import GANTRYD, MIB, libnbd, wait_for
+from gantry_test import GANTRYD, MIB, freeze, libnbd, wait_for
 from nbd_node_case import NodeCase
 
 SIZE = 6 * MIB
@@ -150,7 +149,7 @@ class Reconnect(NodeCase):
         server = self.nbdkit("memory", str(SIZE))
         self.client(server, reconnect_delay=600)
         h = self.connect()
-        server.send_signal(signal.SIGSTOP)
+        freeze(server)
         h.aio_pread(libnbd().Buffer(4096), 0)
         wait_for(lambda: self.requests_in_flight() > 0, "the request")
         begin = time.monotonic()
@@ -172,9 +171,7 @@ class Reconnect(NodeCase):
         h = libnbd().NBD()
         h.connect_uri(self.uri(self.out, "top"))
         h.pwrite(b"y" * 65536, 65536)
-        server.send_signal(signal.SIGSTOP)
-        tasks = pathlib.Path(f"/proc/{server.pid}/task")
-        wait_for(lambda: all(" T " in (task / "stat").read_text() for task in tasks.iterdir()), "the server to stop")
+        freeze(server)
         h.aio_pread(libnbd().Buffer(4096), 65536)
         wait_for(lambda: self.requests_in_flight() > 0, "the request")
         begin = time.monotonic()

@@ -54,6 +54,20 @@ def wait_for(condition, what, deadline=DEADLINE):
         time.sleep(0.002)
 
 
+def freeze(process):
+    """Stops a process, for SIGCONT to wake it up. None of its threads answers anything when this returns: the signal itself
+    only tells each of them to stop when it is next looked at."""
+    process.send_signal(signal.SIGSTOP)
+
+    def stopped():
+        states = []
+        for task in pathlib.Path(f"/proc/{process.pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it has ended
+                states.append((task / "stat").read_text().rpartition(")")[2].split()[0])
+        return set(states) == {"T"}
+    wait_for(stopped, f"process {process.pid} to stop")
+
+
 def missing(reason, installable=True):
     """Skips the test visibly; where everything can be installed, that is a failure."""
     if IN_CI and installable:
