@@ -19,12 +19,13 @@ namespace {
 
 constexpr std::chrono::seconds kIdleLimit{10};
 
-/// Threads made inside take no signals: those are for the main loop.
+/// Threads made inside take no signals: those are for the main loop. Faults of their own they do take.
 class SignalsBlocked {
   public:
     SignalsBlocked() {
         sigset_t all;
         sigfillset(&all);
+        sigdelset(&all, SIGBUS);
         pthread_sigmask(SIG_SETMASK, &all, &before_);
     }
     ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }

@@ -68,9 +68,10 @@ Result<Loop*> Runtime::add_loop(std::string name, std::optional<std::chrono::nan
     TRY(auto loop,
         Loop::create(
             {.name = std::move(name), .backend = options_.backend, .pool = pool_.get(), .poll_max = poll_max}));
-    // The thread takes no signals: those are for the main loop.
+    // The thread takes no signals: those are for the main loop. Faults of its own it does take.
     sigset_t all, before;
     sigfillset(&all);
+    sigdelset(&all, SIGBUS);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     Loop* raw = loop.get();
     std::thread thread;

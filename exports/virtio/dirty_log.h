@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 
@@ -24,6 +25,7 @@ class DirtyLog {
   private:
     explicit DirtyLog(std::shared_ptr<Mapping> mapping) : mapping_(std::move(mapping)) {}
     std::shared_ptr<Mapping> mapping_;
+    std::atomic<bool> beyond_{false};
 };
 
 }  // namespace gantry::virtio

@@ -50,8 +50,8 @@ struct Region {
 /// A table of regions; never changes. Any thread.
 class GuestMemory {
   public:
-    /// kInvalid: an empty region, one that ends beyond 2^64, one outside of its mapping, two that overlap (guest or
-    /// user side).
+    /// kInvalid: an empty region, one that ends beyond 2^64, one outside of its mapping, one whose addresses differ in
+    /// their last 4 bits (fields of rings would not be aligned), two that overlap (guest or user side).
     static Result<std::shared_ptr<const GuestMemory>> create(std::vector<Region> regions);
 
     std::span<const Region> regions() const { return regions_; }  // ascending by guest address
@@ -63,12 +63,13 @@ class GuestMemory {
     std::byte* at_user(uint64_t address, uint64_t length) const;
     /// The guest address of a host address that translate() gave; nothing when it is not from here.
     bool guest_address(const void* host, uint64_t& address) const;
+    /// The region that a guest address belongs to; null for none.
+    const Region* find(uint64_t address) const;
     /// A mapping has lost part of its file.
     bool broken() const;
 
   private:
     explicit GuestMemory(std::vector<Region> regions);
-    const Region* find(uint64_t address) const;
     std::vector<Region> regions_;
 };
 
@@ -89,20 +90,28 @@ class AddressSpace {
         : memory_(std::move(memory)), source_(source) {}
 
     const GuestMemory& memory() const { return *memory_; }
+    /// As GuestMemory::translate; what is missing is asked for.
     bool translate(uint64_t address, uint64_t length, std::vector<iovec>& parts, size_t max_parts) {
-        const size_t before = parts.size();
-        if (memory_->translate(address, length, parts, max_parts)) [[likely]]
+        // Mostly the same region as before.
+        if (last_ && address - last_->guest < last_->size && length <= last_->size - (address - last_->guest) &&
+            parts.size() < max_parts) [[likely]] {
+            parts.push_back({last_->host + (address - last_->guest), length});
             return true;
-        return source_ && translate_more(address, length, parts, max_parts, before);
+        }
+        return translate_more(address, length, parts, max_parts);
     }
     bool broken() const { return memory_->broken(); }
     /// Another table; nothing that the one before gave is in use.
-    void change(std::shared_ptr<const GuestMemory> memory) { memory_ = std::move(memory); }
+    void change(std::shared_ptr<const GuestMemory> memory) {
+        last_ = nullptr;
+        memory_ = std::move(memory);
+    }
 
   private:
-    bool translate_more(uint64_t address, uint64_t length, std::vector<iovec>& parts, size_t max_parts, size_t before);
+    bool translate_more(uint64_t address, uint64_t length, std::vector<iovec>& parts, size_t max_parts);
     std::shared_ptr<const GuestMemory> memory_;
     MemorySource* source_ = nullptr;
+    const Region* last_ = nullptr;  // of *memory_
 };
 
 }  // namespace gantry::virtio
