@@ -87,6 +87,10 @@ Daemon::Daemon(DaemonSettings settings, std::unique_ptr<Runtime> runtime)
       hand_over_(settings.hand_over) {
     monitors_.set_services(&services_);
     exports_.set_keeper(&keeper_);
+    exports_.set_resolve_fd([this](std::string_view name) -> Result<UniqueFd> {
+        if (UniqueFd passed = monitors_.take_descriptor(name)) return passed;
+        return resolve_fd(name);
+    });
     fuse::announce_legacies(keeper_);
     if (keeper_.active()) {
         graph_.mapping_log_source = [this](const std::string& node_name) { return mapping_logs_.open(node_name); };
@@ -200,7 +204,6 @@ Result<UniqueFd> Daemon::resolve_fd(std::string_view name) {
     if (!numeric) return sockets_.duplicate(name);
     UniqueFd copy(::fcntl(number, F_DUPFD_CLOEXEC, 3));
     if (!copy) return fail_errno(errno, "File descriptor '{}'", name);
-    CHECK_OK(check_listening_socket(copy.get()));
     return copy;
 }
 

@@ -6,6 +6,7 @@
 #include "block/formats/raw.h"
 #include "block/protocols/file.h"
 #include "block/protocols/null.h"
+#include "exports/vhost_user/export.h"
 #include "fuse/export.h"
 #include "nbd/client/node.h"
 #include "nbd/server.h"
@@ -26,6 +27,7 @@ std::span<const exports::ExportType> export_types() {
     static const std::array kTypes = {
         nbd::kNbdExportType,
         fuse::kFuseExportType,
+        vhost_user::kVhostUserExportType,
     };
     return kTypes;
 }

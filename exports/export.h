@@ -13,6 +13,7 @@
 #include "block/root.h"
 #include "exports/keeper.h"
 #include "runtime/runtime.h"
+#include "runtime/unique_fd.h"
 #include "schema/options.h"
 
 namespace gantry::exports {
@@ -31,6 +32,9 @@ struct ExportContext {
     /// The export has ended by itself (its mount is gone): asks for its removal. Main loop, after start() has begun.
     std::function<void()> ended;
     Keeper* keeper = nullptr;  // who holds descriptors beyond the life of this process; null: nobody
+    std::function<bool()> ending;  // whether every export is being removed, because the process ends
+    /// A socket that was passed to this process, by name or number; null: nobody knows any.
+    std::function<Result<UniqueFd>(std::string_view name)> resolve_fd;
 };
 
 /// Main loop only. The registry calls start() once, then stop() once, then destroys it.
@@ -85,6 +89,10 @@ class Registry {
 
     /// Who holds descriptors of exports added from now on beyond the life of this process; null: nobody.
     void set_keeper(Keeper* keeper) { keeper_ = keeper; }
+    /// Where exports added from now on find sockets that were passed.
+    void set_resolve_fd(std::function<Result<UniqueFd>(std::string_view name)> resolve_fd) {
+        resolve_fd_ = std::move(resolve_fd);
+    }
 
     /// block-export-add with validated options. Texts: spec/qmp.md sections 3.2 and 10.
     Task<Result<>> add(json::object options);
@@ -93,7 +101,7 @@ class Registry {
     /// Newest first.
     std::vector<ExportInfo> list() const;
     Export* find(std::string_view id) const;
-    /// Removes (hard) every export of `type` ("" = all) and waits until they are gone.
+    /// Removes (hard) every export of `type` ("" = all: the process ends) and waits until they are gone.
     Task<void> remove_all(std::string_view type = {});
     /// The same for those that `concerned` picks; one that is being added is waited for.
     Task<void> remove_if(std::function<bool(const Export&)> concerned);
@@ -113,6 +121,8 @@ class Registry {
     std::function<void(std::string_view)> deleted_;
     std::vector<std::unique_ptr<Entry>> entries_;
     Keeper* keeper_ = nullptr;
+    bool ending_ = false;
+    std::function<Result<UniqueFd>(std::string_view)> resolve_fd_;
     struct Impl;
     std::unique_ptr<Impl> impl_;
 };

@@ -140,6 +140,8 @@ Task<Result<>> Registry::Impl::bring_up(Registry& registry, Entry& entry, json::
     context.writable = view.flag("writable");
     context.options = options;
     context.keeper = registry.keeper_;
+    context.ending = [&registry] { return registry.ending_; };
+    context.resolve_fd = registry.resolve_fd_;
     const bool writable = context.writable;
     context.ended = [&registry, &entry] {
         entry.ended = true;
@@ -248,6 +250,7 @@ Export* Registry::find(std::string_view id) const {
 }
 
 Task<void> Registry::remove_all(std::string_view type) {
+    ending_ |= type.empty();
     const auto concerned = [&](const std::unique_ptr<Entry>& e) { return type.empty() || e->type == type; };
     for (;;) {
         std::vector<std::string> ids;

@@ -110,12 +110,24 @@ Task<Result<json::value>> query_fuse_exports(Services& services, json::object) {
     co_return json::value(std::move(list));
 }
 
+Task<Result<json::value>> query_vhost_user_exports(Services& services, json::object) {
+    json::array list;
+    for (const exports::ExportInfo& info : services.exports.list()) {
+        const exports::Export* found = services.exports.find(info.id);
+        if (info.type != "vhost-user-blk" || info.shutting_down || !found) continue;
+        json::object one{{"id", info.id}};
+        for (const auto& [key, value] : found->details()) one[key] = value;
+        list.push_back(std::move(one));
+    }
+    co_return json::value(std::move(list));
+}
+
 constexpr HandlerRow kHandlers[] = {
     {"nbd-server-start", nbd_server_start},       {"nbd-server-stop", nbd_server_stop},
     {"block-export-add", block_export_add},       {"block-export-del", block_export_del},
     {"query-block-exports", query_block_exports}, {"nbd-server-add", nbd_server_add},
     {"nbd-server-remove", nbd_server_remove},     {"query-nbd-servers", query_nbd_servers},
-    {"query-fuse-exports", query_fuse_exports},
+    {"query-fuse-exports", query_fuse_exports},   {"query-vhost-user-exports", query_vhost_user_exports},
 };
 
 }  // namespace

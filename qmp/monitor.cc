@@ -66,6 +66,7 @@ Task<Result<>> Monitors::open_socket(Chardev& chardev, const json::object& raw) 
         co_return fail(ErrorKind::kInvalid, "chardev: socket: no port given");
     if (options.has("fd")) {
         CO_TRY(UniqueFd fd, services_->resolve_fd(options.str("fd")));
+        CO_CHECK(check_listening_socket(fd.get()));
         chardev.listeners.push_back(std::move(fd));
         server = true;
     } else if (options.has("path")) {

@@ -11,10 +11,10 @@ namespace {
 constexpr EnumValue kExportTypeValues[] = {
     {"nbd", "a network block device"},
     {"fuse", "a file: the node covers a file that exists"},
+    {"vhost-user-blk", "a disk of virtual machines, over a unix socket"},
 };
 // Serving an export type moves its line up, with its options below.
 constexpr Absent kAbsentExports[] = {
-    {"vhost-user-blk", "not in this build: vhost-user is not built"},
     {"vduse-blk", "not in this build: vduse is not built"},
 };
 
@@ -82,6 +82,18 @@ constexpr Member kFuseMembers[] = {
 constinit const Type kFuseOptions =
     struct_type("BlockExportOptionsFuse", "A file: the node covers a file that exists.", kFuseMembers);
 
+constexpr Member kVhostUserMembers[] = {
+    required("addr", kSocketAddress, "where the virtual machine connects: type unix, or fd"),
+    optional("logical-block-size", kSize, "512", "bytes, a power of 2 from 512 to 65536"),
+    optional("num-queues", kUint16, "1",
+             "queues that the configuration announces, from 1 to 256; a virtual machine may use 64 in any case"),
+    optional("x-queue-size", kUint16, "256",
+             "descriptors of a queue that requests are laid out for: a power of 2 from 4 to 1024"),
+    optional("x-serial", kStr, "the id, cut short", "what the guest sees as serial number; at most 20 bytes"),
+};
+constinit const Type kVhostUserOptions =
+    struct_type("BlockExportOptionsVhostUserBlk", "A disk of virtual machines, over a unix socket.", kVhostUserMembers);
+
 }  // namespace
 
 constinit const Type kBlockExportType =
@@ -101,7 +113,11 @@ constexpr Member kExportMembers[] = {
 constexpr Absent kExportAbsent[] = {
     {"allow-inactive", "not in this build: inactive nodes are not built"},
 };
-constexpr Variant kExportVariants[] = {{"nbd", &kNbdOptions}, {"fuse", &kFuseOptions}};
+constexpr Variant kExportVariants[] = {
+    {"nbd", &kNbdOptions},
+    {"fuse", &kFuseOptions},
+    {"vhost-user-blk", &kVhostUserOptions},
+};
 constinit const Type kExportOptions = union_type("BlockExportOptions", "Offers a node to others.", kExportMembers,
                                                  "type", kExportVariants, kExportAbsent);
 
@@ -225,6 +241,52 @@ constexpr Member kFuseInfoMembers[] = {
 constinit const Type kFuseInfo = struct_type("FuseExportInfo", "A FUSE export at work.", kFuseInfoMembers);
 constinit const Type kFuseInfoList = array_of(kFuseInfo);
 
+constexpr Member kVhostUserQueueMembers[] = {
+    required("index", kUint32, "its number"),
+    required("loop", kStr, "the thread that serves it"),
+    required("running", kBool, "it has been started and not stopped"),
+    required("enabled", kBool, "requests are taken while it runs"),
+    required("size", kUint32, "its descriptors; 0: nobody has said"),
+    required("packed", kBool, "it is a packed ring, not a split one"),
+    required("requests", kUint64, "answered so far, for all front ends, as are the next"),
+    required("bytes-read", kUint64, "given to the guest"),
+    required("bytes-written", kUint64, "taken from the guest"),
+    required("kicks", kUint64, "times that the guest has told of requests"),
+    required("signals", kUint64, "times that the guest was told of answers"),
+    optional("broken", kStr, "", "why it is not served any more"),
+};
+constinit const Type kVhostUserQueueInfo =
+    struct_type("VhostUserQueueInfo", "A queue of a vhost-user export.", kVhostUserQueueMembers);
+constinit const Type kVhostUserQueueInfoList = array_of(kVhostUserQueueInfo);
+constexpr Member kFrontEndMembers[] = {
+    required("peer", kStr, "who connected"),
+    required("features", kUint64, "of the device and its rings that were chosen, as bits"),
+    required("protocol-features", kUint64, "of the protocol that were chosen, as bits"),
+    required("status", kUint64, "the device status, where the front end tells it"),
+    required("inflight-tracking", kBool, "requests that are not answered are noted where a restart finds them"),
+    required("dirty-log", kBool, "written pages are marked for a migration"),
+    required("memory-regions", kUint64, "of the guest's memory that are mapped"),
+    required("memory-bytes", kUint64, "in these regions"),
+    required("queues", kVhostUserQueueInfoList, "those that were ever used"),
+};
+constinit const Type kFrontEndInfo =
+    struct_type("VhostUserFrontEndInfo", "The virtual machine that is connected.", kFrontEndMembers);
+constexpr Member kVhostUserInfoMembers[] = {
+    required("id", kStr, "its name"),
+    required("socket", kStr, "where virtual machines connect"),
+    required("writable", kBool, "the guest can write"),
+    required("logical-block-size", kUint32, "bytes"),
+    required("num-queues", kUint32, "as the configuration says"),
+    required("queue-size", kUint32, "descriptors that requests are laid out for"),
+    required("serial", kStr, "what the guest sees as serial number"),
+    required("features-offered", kUint64, "as bits"),
+    required("connected", kBool, "a front end is connected, or its requests are not over yet"),
+    optional("front-end", kFrontEndInfo, "", "which one"),
+};
+constinit const Type kVhostUserInfo =
+    struct_type("VhostUserExportInfo", "A vhost-user-blk export at work.", kVhostUserInfoMembers);
+constinit const Type kVhostUserInfoList = array_of(kVhostUserInfo);
+
 constexpr Command kCommands[] = {
     {"nbd-server-start", &kServerStartArguments, nullptr, "Starts an NBD server."},
     {"nbd-server-stop", &kServerStopArguments, nullptr, "Removes the exports of an NBD server and stops it."},
@@ -234,6 +296,8 @@ constexpr Command kCommands[] = {
      kDeprecated},
     {"query-nbd-servers", nullptr, &kServerInfoList, "Lists the running NBD servers with their clients."},
     {"query-fuse-exports", nullptr, &kFuseInfoList, "Lists the FUSE exports with their ways to the kernel."},
+    {"query-vhost-user-exports", nullptr, &kVhostUserInfoList,
+     "Lists the vhost-user-blk exports with their front ends and queues."},
     {"block-export-add", &kExportOptions, nullptr, "Offers a node to others."},
     {"block-export-del", &kExportDelArguments, nullptr,
      "Begins to remove an export; BLOCK_EXPORT_DELETED tells when it is gone."},
@@ -247,11 +311,12 @@ constexpr Event kEvents[] = {
 };
 
 constexpr const Type* kTypes[] = {
-    &kBlockExportType, &kAllowOther,         &kTransport,  &kOTrunc,
-    &kFuseOptions,     &kRemoveMode,         &kIothreads,  &kNbdBase,
-    &kNbdOptions,      &kExportOptions,      &kExportInfo, &kServerOptions,
-    &kServerAddresses, &kServerAddArguments, &kClientInfo, &kServerInfo,
-    &kFuseQueueInfo,   &kFuseInfo,
+    &kBlockExportType, &kAllowOther,         &kTransport,        &kOTrunc,
+    &kFuseOptions,     &kRemoveMode,         &kIothreads,        &kNbdBase,
+    &kNbdOptions,      &kExportOptions,      &kExportInfo,       &kServerOptions,
+    &kServerAddresses, &kServerAddArguments, &kClientInfo,       &kServerInfo,
+    &kFuseQueueInfo,   &kFuseInfo,           &kVhostUserOptions, &kVhostUserQueueInfo,
+    &kFrontEndInfo,    &kVhostUserInfo,
 };
 
 }  // namespace

@@ -1,0 +1,72 @@
+// The inflight region ("Inflight I/O tracking") and the log of written pages ("Migration").
+
+#include "exports/vhost_user/session.h"
+#include "runtime/cross_loop.h"
+#include "runtime/log.h"
+
+namespace gantry::vhost_user {
+
+Session::Answer Session::get_inflight(const Message& message) {
+    auto area = message.as<InflightArea>();
+    Reply out;
+    out.sent = true;
+    const auto finish = [&] {
+        // As long as the request was: front ends differ about the padding.
+        const auto bytes = bytes_of(area);
+        out.payload.assign(bytes.begin(), bytes.begin() + static_cast<ptrdiff_t>(message.payload.size()));
+        return std::move(out);
+    };
+    area.size = area.offset = 0;
+    if (area.queues > device_.queue_limit()) {
+        log::warn("export '{}': front end {} asks for an inflight region of {} queues; at most {} are served",
+                  device_.id(), peer(), area.queues, device_.queue_limit());
+        return finish();
+    }
+    auto made = virtio::InflightFile::create(area.queues, area.queue_size, (features() & virtio::kRingPacked) != 0);
+    if (!made) {
+        log::warn("export '{}': no inflight region for front end {}: {}", device_.id(), peer(), made.error().message());
+        return finish();
+    }
+    inflight_ = std::move(*made);
+    // Who comes back brings the region that it has: this is a driver that begins anew. (Whether the write cache was
+    // switched off survives the end of a connection: the driver does not see that and would not do it again.)
+    if (!config_written_) forget_config();
+    area.size = inflight_->size();
+    out.fd = inflight_->fd();
+    return finish();
+}
+
+Result<> Session::set_inflight(Message message) {
+    if (any_running()) return fail(ErrorKind::kBusy, "the inflight region cannot change while rings run");
+    const auto area = message.as<InflightArea>();
+    if (area.queues > device_.queue_limit()) {
+        return fail(ErrorKind::kInvalid, "it is for {} queues; at most {} are served", area.queues,
+                    device_.queue_limit());
+    }
+    TRY(inflight_, virtio::InflightFile::adopt(std::move(message.fds.front()), area.offset, area.size, area.queues,
+                                               area.queue_size, (features() & virtio::kRingPacked) != 0));
+    return {};
+}
+
+Task<Result<>> Session::set_log(Message message) {
+    const auto area = message.as<LogArea>();
+    CO_TRY(log_, virtio::DirtyLog::create(message.fds.front().get(), area.offset, area.size));
+    co_await apply_log_to_all();
+    co_return Result<>();
+}
+
+std::shared_ptr<virtio::DirtyLog> Session::active_log() const { return log_all_ ? log_ : nullptr; }
+
+Task<void> Session::apply_log(size_t index) {
+    const RingState& r = rings_[index];
+    if (!r.running) co_return;
+    virtio::Virtqueue* queue = device_.made_queue(index);
+    const bool ring = r.address->flags & kLogRing;
+    co_await run_on(queue->loop(), queue->set_log(active_log(), ring, r.address->log));
+}
+
+Task<void> Session::apply_log_to_all() {
+    for (size_t i = 0; i < rings_.size(); ++i) co_await apply_log(i);
+}
+
+}  // namespace gantry::vhost_user
