@@ -305,15 +305,33 @@ Task<void> run_all(Stress* s, std::vector<Channel*> channels) {
     co_await scope.join();
 }
 
-std::function<int(Op, uint64_t, uint64_t)> random_faults() {
-    auto random = std::make_shared<std::mt19937_64>(5);
-    return [random](Op op, uint64_t, uint64_t) -> int {
-        if ((*random)() % 60) return 0;
+/// One operation of sixty fails. A header that could neither be switched nor be put back ends all writing, as it must:
+/// that is the business of qcow2_write_failures_test.cc. So of two writes of the header that follow each other, each
+/// with the flushes after it, only one may fail; the second one may be what puts it back.
+class RandomFaults {
+  public:
+    explicit RandomFaults(uint64_t header_bytes) : header_bytes_(header_bytes) {}
+
+    /// Called with the lock of the disk held.
+    int operator()(Op op, uint64_t offset, uint64_t) {
+        const bool header = op == Op::kWrite && offset < header_bytes_;
+        if (header) header_writes_++;
+        if (random_() % 60) return 0;
+        if (header || op == Op::kFlush) {
+            if (failed_at_ && *failed_at_ + 1 == header_writes_) return 0;
+            failed_at_ = header_writes_;
+        }
         // A flush that fails otherwise makes every later one fail, as it must.
         if (op == Op::kFlush) return ECANCELED;
-        return (*random)() % 2 ? EIO : ENOSPC;
-    };
-}
+        return random_() % 2 ? EIO : ENOSPC;
+    }
+
+  private:
+    std::mt19937_64 random_{5};
+    const uint64_t header_bytes_;
+    uint64_t header_writes_ = 0;
+    std::optional<uint64_t> failed_at_;
+};
 
 /// Every corruption that a check tells of is a COPIED flag that is missing.
 bool only_flags(const std::string& report) {
@@ -357,7 +375,7 @@ TEST_CASE("qcow2: writers on every loop share clusters, and nobody's bytes go as
     std::vector<Channel*> channels;
     for (size_t i = 0; i < f.runtime.io_loop_count(); i++)
         channels.push_back(f.run(f.root->channel(f.runtime.io_loop(i))));
-    if (shape.faults) f.disk->set_fault(random_faults());
+    if (shape.faults) f.disk->set_fault(RandomFaults(s.cluster));
     f.run(run_all(&s, channels));
     f.disk->set_fault(nullptr);
     REQUIRE(s.fault == "");
