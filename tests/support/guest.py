@@ -20,7 +20,7 @@ from gantry_test import BUILD, ROOT, missing, require, wait_for
 
 SOURCE = ROOT / "tests" / "guest"
 MODULES = ("virtio_pci", "virtio_blk")
-BOOT_DEADLINE = 120.0
+BOOT_DEADLINE = 40.0
 COMMAND_DEADLINE = 120.0  # everything is emulated
 
 
