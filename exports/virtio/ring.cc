@@ -2,6 +2,7 @@
 
 #include <bit>
 
+#include "exports/virtio/packed_ring.h"
 #include "exports/virtio/split_ring.h"
 
 namespace gantry::virtio {
@@ -30,8 +31,8 @@ Result<std::unique_ptr<Ring>> Ring::create(RingShape shape, RingPlace place, uin
     if (inflight && (!inflight->region || inflight->queue_size < shape.size))
         return fail(ErrorKind::kInvalid, "the inflight region has room for {} descriptors, and the ring has {}",
                     inflight->queue_size, shape.size);
-    if (shape.packed) return fail(ErrorKind::kUnsupported, "packed rings are not served");
-    return make_split_ring(shape, place, base, std::move(inflight));
+    return shape.packed ? make_packed_ring(shape, place, base, std::move(inflight))
+                        : make_split_ring(shape, place, base, std::move(inflight));
 }
 
 void Ring::break_off(std::string fault) {
