@@ -6,6 +6,7 @@
 #include "block/formats/raw.h"
 #include "block/protocols/file.h"
 #include "block/protocols/null.h"
+#include "exports/vduse/export.h"
 #include "exports/vhost_user/export.h"
 #include "fuse/export.h"
 #include "nbd/client/node.h"
@@ -28,6 +29,7 @@ std::span<const exports::ExportType> export_types() {
         nbd::kNbdExportType,
         fuse::kFuseExportType,
         vhost_user::kVhostUserExportType,
+        vduse::kVduseExportType,
     };
     return kTypes;
 }

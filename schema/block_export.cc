@@ -12,10 +12,7 @@ constexpr EnumValue kExportTypeValues[] = {
     {"nbd", "a network block device"},
     {"fuse", "a file: the node covers a file that exists"},
     {"vhost-user-blk", "a disk of virtual machines, over a unix socket"},
-};
-// Serving an export type moves its line up, with its options below.
-constexpr Absent kAbsentExports[] = {
-    {"vduse-blk", "not in this build: vduse is not built"},
+    {"vduse-blk", "a disk on the vDPA bus of the kernel, for this machine or a virtual one"},
 };
 
 constexpr EnumValue kRemoveModeValues[] = {
@@ -94,10 +91,20 @@ constexpr Member kVhostUserMembers[] = {
 constinit const Type kVhostUserOptions =
     struct_type("BlockExportOptionsVhostUserBlk", "A disk of virtual machines, over a unix socket.", kVhostUserMembers);
 
+constexpr Member kVduseMembers[] = {
+    required("name", kStr, "of the device in /dev/vduse and on the vDPA bus; unique on this machine"),
+    optional("num-queues", kUint16, "1", "queues, from 1 to 1024"),
+    optional("queue-size", kUint16, "256", "most descriptors of a queue: a power of 2 from 4 to 1024"),
+    optional("logical-block-size", kSize, "512",
+             "bytes, a power of 2 from 512 to 65536; drivers of the kernel take up to a page"),
+    optional("serial", kStr, "", "what drivers see as serial number; of more than 20 bytes the first 20"),
+};
+constinit const Type kVduseOptions =
+    struct_type("BlockExportOptionsVduseBlk", "A disk on the vDPA bus of the kernel.", kVduseMembers);
+
 }  // namespace
 
-constinit const Type kBlockExportType =
-    enum_type("BlockExportType", "The kinds of exports.", kExportTypeValues, kAbsentExports);
+constinit const Type kBlockExportType = enum_type("BlockExportType", "The kinds of exports.", kExportTypeValues);
 
 namespace {
 
@@ -117,6 +124,7 @@ constexpr Variant kExportVariants[] = {
     {"nbd", &kNbdOptions},
     {"fuse", &kFuseOptions},
     {"vhost-user-blk", &kVhostUserOptions},
+    {"vduse-blk", &kVduseOptions},
 };
 constinit const Type kExportOptions = union_type("BlockExportOptions", "Offers a node to others.", kExportMembers,
                                                  "type", kExportVariants, kExportAbsent);
@@ -316,7 +324,7 @@ constexpr const Type* kTypes[] = {
     &kNbdOptions,      &kExportOptions,      &kExportInfo,       &kServerOptions,
     &kServerAddresses, &kServerAddArguments, &kClientInfo,       &kServerInfo,
     &kFuseQueueInfo,   &kFuseInfo,           &kVhostUserOptions, &kVhostUserQueueInfo,
-    &kFrontEndInfo,    &kVhostUserInfo,
+    &kFrontEndInfo,    &kVhostUserInfo,      &kVduseOptions,
 };
 
 }  // namespace

@@ -141,8 +141,6 @@ TEST_CASE("validate: what is known but absent is refused with the reason", "[sch
     const Row rows[] = {
         {"blockdev-add", R"({"driver": "vmdk"})",
          "Parameter 'driver' does not accept value 'vmdk'; not in this build: "},
-        {"block-export-add", R"({"type": "vduse-blk"})",
-         "Parameter 'type' does not accept value 'vduse-blk'; not in this build: "},
         {"object-add", R"({"qom-type": "throttle-group", "id": "s"})",
          "Parameter 'qom-type' does not accept value 'throttle-group'; not in this build: "},
         {"blockdev-add", R"({"driver": "qcow2", "file": {"driver": "file", "filename": "f", "pr-manager": "p"}})",

@@ -1,0 +1,285 @@
+#include "exports/vduse/export.h"
+
+#include <algorithm>
+#include <bit>
+
+#include "runtime/check.h"
+#include "runtime/log.h"
+#include "schema/options.h"
+
+namespace gantry::vduse {
+
+using namespace std::chrono_literals;
+
+const exports::ExportType kVduseExportType = {"vduse-blk", &VduseExport::create};
+
+namespace {
+
+constexpr uint64_t kLeastBlock = 512, kMostBlock = 65536;
+constexpr uint64_t kLeastQueueSize = 4;
+constexpr uint64_t kMostQueues = 1024;
+/// How often a device that is to be removed is looked at.
+constexpr auto kAttachedPause = 200ms;
+/// How often it is said that somebody must detach it.
+constexpr auto kSayAgain = 60s;
+
+Result<VduseOptions> parse(const exports::ExportContext& context) {
+    const schema::Options options(context.options);
+    VduseOptions out;
+    out.name = options.str("name");
+    const uint64_t queues = options.size("num-queues", out.queues);
+    if (queues == 0) return fail(ErrorKind::kInvalid, "num-queues must be greater than 0");
+    if (queues > kMostQueues)
+        return fail(ErrorKind::kInvalid, "num-queues must not be greater than {}, it is {}", kMostQueues, queues);
+    out.queues = static_cast<uint16_t>(queues);
+    const uint64_t queue_size = options.size("queue-size", out.queue_size);
+    if (queue_size < kLeastQueueSize || queue_size > virtio::kMaxQueueSize || !std::has_single_bit(queue_size)) {
+        return fail(ErrorKind::kInvalid, "queue-size is invalid; it must be a power of 2 from {} to {}, not {}",
+                    kLeastQueueSize, virtio::kMaxQueueSize, queue_size);
+    }
+    out.queue_size = static_cast<uint16_t>(queue_size);
+    const uint64_t block = options.size("logical-block-size", out.block_size);
+    if (block < kLeastBlock || block > kMostBlock) {
+        return fail(ErrorKind::kInvalid,
+                    "Property {}.logical-block-size doesn't take value {} (minimum: {}, maximum: {})", context.id,
+                    block, kLeastBlock, kMostBlock);
+    }
+    if (!std::has_single_bit(block)) {
+        return fail(ErrorKind::kInvalid,
+                    "Property {}.logical-block-size doesn't take value '{}', it's not a power of 2", context.id, block);
+    }
+    out.block_size = static_cast<uint32_t>(block);
+    out.serial = options.str("serial");
+    if (out.serial.size() > virtio::BlkDevice::kIdBytes) {
+        log::warn("export '{}': drivers see the first {} bytes of the serial number '{}'", context.id,
+                  virtio::BlkDevice::kIdBytes, out.serial);
+        out.serial.resize(virtio::BlkDevice::kIdBytes);
+    }
+    CHECK_OK(Device::check_name(out.name));
+    return out;
+}
+
+}  // namespace
+
+Result<std::unique_ptr<exports::Export>> VduseExport::create(exports::ExportContext context) {
+    return create_over(Kernel::running(), std::move(context));
+}
+
+Result<std::unique_ptr<exports::Export>> VduseExport::create_over(Kernel& kernel, exports::ExportContext context) {
+    TRY(VduseOptions options, parse(context));
+    return std::make_unique<VduseExport>(kernel, std::move(context), std::move(options));
+}
+
+VduseExport::VduseExport(Kernel& kernel, exports::ExportContext context, VduseOptions options)
+    : Export(std::move(context)), kernel_(kernel), options_(std::move(options)) {}
+
+VduseExport::~VduseExport() {
+    CHECK(scope_.live() == 0 && workers_.live() == 0, "a VDUSE export is destroyed when its queues have ended");
+}
+
+std::string VduseExport::user() const { return fmt::format("export '{}': VDUSE device '{}'", id(), options_.name); }
+
+virtio::BlkShape VduseExport::shape() const {
+    const block::Limits& limits = root().node().limits();
+    virtio::BlkShape shape;
+    shape.block_size = options_.block_size;
+    shape.queues = options_.queues;
+    shape.queue_size = options_.queue_size;
+    shape.serial = options_.serial;
+    shape.writable = writable();
+    shape.write_cache = !schema::Options(context_.options).flag("writethrough");
+    shape.physical_block_size = std::max(limits.request_alignment, options_.block_size);
+    shape.optimal_io_size = limits.optimal_transfer;
+    return shape;
+}
+
+/// The kernel lets no driver write to the configuration, since it might wait for ever.
+uint64_t VduseExport::offered() const { return (blk_->features() & ~virtio::kBlkConfigWce) | virtio::kAccessPlatform; }
+
+Task<Result<>> VduseExport::start() {
+    blk_ = std::make_unique<virtio::BlkDevice>(shape(), root().node().size());
+    service_ = std::make_unique<virtio::BlkService>(*blk_);
+    const virtio::BlkDevice::Config config = blk_->config();
+    CO_TRY(device_, Device::create(kernel_, {.name = options_.name,
+                                             .features = offered(),
+                                             .queues = options_.queues,
+                                             .queue_size = options_.queue_size,
+                                             .config = config}));
+    record_ = std::make_unique<Record>(context_.keeper, id(), options_.queues, options_.queue_size);
+    queues_ = std::make_unique<Queues>(*device_, *record_, *service_, root(), context_.loops, user());
+    if (device_->taken_over()) {
+        Result<> going = co_await go_on();
+        if (!going) {
+            co_await queues_->join();
+            queues_.reset();
+            device_->close();
+            co_return going;
+        }
+    } else {
+        // Of another device of this name, which is gone.
+        record_->drop();
+    }
+    scope_.spawn(serve_messages());
+    if (device_->taken_over()) {
+        log::info("export '{}': VDUSE device '{}' taken over from a process before this one; {}", id(), options_.name,
+                  queues_->running() ? "its driver goes on" : "no driver uses it");
+    } else {
+        log::info("export '{}': node '{}' as VDUSE device '{}'; 'vdpa dev add name {} mgmtdev vduse' attaches it", id(),
+                  root().node().name(), options_.name, options_.name);
+    }
+    co_return Result<>();
+}
+
+/// A device that is attached: if a driver uses it, its requests are waiting.
+Task<Result<>> VduseExport::go_on() {
+    // The driver learns of a size that is another one now, and we learn whether there is a driver.
+    CO_TRY(const bool told, device_->inject_config_irq());
+    if (!told) co_return Result<>();
+    CO_TRY(const uint64_t features, device_->features());
+    // Kernels that do not tell: no driver has chosen anything.
+    if (features == 0) co_return Result<>();
+    Result<> chosen = blk_->check_features(features, virtio::kAccessPlatform);
+    if (chosen && (features & virtio::kBlkConfigWce)) chosen = fail(ErrorKind::kInvalid, "it can set the write cache");
+    if (!chosen) {
+        co_return fail(ErrorKind::kBusy,
+                       "failed to create vduse device; device '{}' is attached to the vDPA bus since before this "
+                       "process, and its driver uses it as this export does not offer it: {}; 'vdpa dev del {}' "
+                       "detaches it",
+                       options_.name, chosen.error().message(), options_.name);
+    }
+    blk_->choose_features(features);
+    Result<> started = co_await queues_->start(features, Begin::kTakeOver);
+    if (!started) {
+        co_return fail(started.error().kind(),
+                       "failed to create vduse device; device '{}' is attached to the vDPA bus since before this "
+                       "process, and cannot be taken over: {}; 'vdpa dev del {}' detaches it",
+                       options_.name, started.error().message(), options_.name);
+    }
+    status_ = kDriverOk;
+    co_return Result<>();
+}
+
+bool VduseExport::has_clients() const { return device_ && device_->attached(); }
+
+bool VduseExport::leaves() const {
+    if (!context_.keeper || !device_->attached()) return false;
+    switch (context_.keeper->leave()) {
+        case exports::Keeper::Leave::kNothing:
+            return false;
+        case exports::Keeper::Leave::kInherited:
+            return device_->taken_over();
+        case exports::Keeper::Leave::kEverything:
+            return true;
+    }
+    return false;
+}
+
+Task<void> VduseExport::stop() {
+    co_await end_messages();
+    co_await workers_.join();
+    if (queues_->running()) {
+        positions_ = co_await queues_->stop();
+    }
+    co_await queues_->join();
+    if (leaves()) {
+        log::info("export '{}': VDUSE device '{}' waits for the process after this one", id(), options_.name);
+        device_->close();
+    } else {
+        removing_ = true;
+        co_await remove_device();
+    }
+    queues_.reset();
+    record_.reset();
+    device_.reset();
+    service_.reset();
+    blk_.reset();
+}
+
+/// While it is attached it cannot be destroyed: its driver is told that nothing works any more, until it is detached.
+Task<void> VduseExport::remove_device() {
+    auto say_at = Clock::now();
+    for (;;) {
+        if (!device_->attached()) {
+            co_await end_messages();
+            co_await stop_refusing();
+            device_->close();
+            const Result<> gone = device_->destroy();
+            if (gone) {
+                record_->drop();
+                co_return;
+            }
+            if (gone.error().kind() != ErrorKind::kBusy) {
+                log::warn("export '{}': {}", id(), gone.error().message());
+                co_return;
+            }
+            if (const Result<> again = device_->reopen(); !again) {
+                log::warn("export '{}': {}; it stays", id(), again.error().message());
+                co_return;
+            }
+        }
+        if (context_.ending && context_.ending()) {
+            co_await end_messages();
+            co_await stop_refusing();
+            log::warn(
+                "export '{}': VDUSE device '{}' is attached and stays, with nobody to serve it; an export of the "
+                "same name takes it over, 'vdpa dev del {}' detaches it",
+                id(), options_.name, options_.name);
+            co_return;
+        }
+        if (Clock::now() >= say_at) {
+            say_at = Clock::now() + kSayAgain;
+            log::warn(
+                "export '{}': VDUSE device '{}' is attached: what its driver asks for fails until 'vdpa dev del "
+                "{}' detaches it, and then the export is gone",
+                id(), options_.name, options_.name);
+        }
+        if (!broken_ && scope_.live() == 0) {
+            if (!refusal_ && std::ranges::any_of(positions_, &std::optional<uint32_t>::has_value)) {
+                refusal_ = std::make_unique<Refusal>(*device_, *service_);
+                refusal_->start(blk_->chosen_features(), positions_);
+            }
+            messages_end_ = false;
+            scope_.spawn(serve_messages());
+        }
+        (void)co_await retry_.after(kAttachedPause);
+    }
+}
+
+void VduseExport::on_resize(uint64_t new_size) {
+    if (!device_ || removing_) return;
+    blk_->set_size(new_size);
+    const virtio::BlkDevice::Config config = blk_->config();
+    Result<> told = device_->set_config(0, std::span(config).first(sizeof(uint64_t)));
+    if (told) {
+        // Without a driver there is nobody to tell: the next one reads what holds then.
+        auto injected = device_->inject_config_irq();
+        if (!injected) told = std::unexpected(std::move(injected).error());
+    }
+    if (!told) log::warn("export '{}': the driver does not learn of the new size: {}", id(), told.error().message());
+}
+
+json::object VduseExport::details() const {
+    json::object details{{"name", options_.name}, {"writable", writable()}};
+    if (!device_ || !queues_) return details;
+    details["attached"] = device_->attached();
+    details["taken-over"] = device_->taken_over();
+    details["running"] = queues_->running();
+    details["features-offered"] = offered();
+    details["features"] = blk_->chosen_features();
+    details["kept-for-restart"] = record_->kept();
+    if (!record_->why_not().empty()) details["kept-reason"] = record_->why_not();
+    json::array queues;
+    for (const Queues::Line& line : queues_->lines()) {
+        json::object queue{{"index", line.index},           {"loop", line.loop},
+                           {"running", line.started},       {"size", line.size},
+                           {"packed", line.packed},         {"requests", line.requests},
+                           {"bytes-read", line.bytes_read}, {"bytes-written", line.bytes_written},
+                           {"kicks", line.kicks},           {"signals", line.signals}};
+        if (!line.fault.empty()) queue["broken"] = line.fault;
+        queues.push_back(std::move(queue));
+    }
+    details["queues"] = std::move(queues);
+    return details;
+}
+
+}  // namespace gantry::vduse

@@ -1,0 +1,301 @@
+#include "exports/vduse/queues.h"
+
+#include <sys/eventfd.h>
+
+#include <atomic>
+#include <bit>
+
+#include "runtime/cross_loop.h"
+#include "runtime/log.h"
+
+namespace gantry::vduse {
+
+using namespace std::chrono_literals;
+
+namespace {
+
+/// An index in the driver's memory, read once.
+uint16_t index_at(const std::byte* area) {
+    static_assert(std::endian::native == std::endian::little);
+    return __atomic_load_n(reinterpret_cast<const uint16_t*>(area + 2), __ATOMIC_ACQUIRE);
+}
+
+/// Where to go on with a ring whose server is gone and has left no record. Only what nothing is in flight on shows
+/// that by itself.
+Result<uint32_t> place_of_idle(const FoundRing& ring) {
+    if (!ring.shape.packed) {
+        const uint16_t used = index_at(ring.place.device);
+        if (index_at(ring.place.driver) == used) return used;
+    }
+    return fail(ErrorKind::kBusy,
+                "requests may be in flight that a process before this one has taken, and nobody has kept which");
+}
+
+}  // namespace
+
+Result<std::unique_ptr<FoundRing>> find_ring(const Device& device, Iotlb& iotlb, uint32_t index, uint64_t features,
+                                             uint32_t most) {
+    auto ring = std::make_unique<FoundRing>();
+    virtio::RingShape& shape = ring->shape;
+    shape.packed = (features & virtio::kRingPacked) != 0;
+    shape.event_idx = (features & virtio::kRingEventIdx) != 0;
+    shape.indirect = (features & virtio::kRingIndirect) != 0;
+    TRY(const QueueInfo info, device.queue(index, shape.packed));
+    if (!info.ready) return nullptr;
+    shape.size = info.size;
+    ring->base = info.base;
+    if (info.size < 2 || info.size > most || (!shape.packed && !std::has_single_bit(info.size)))
+        return fail(ErrorKind::kInvalid, "queue {} has {} descriptors; at most {}{} are served", index, info.size, most,
+                    shape.packed ? "" : ", a power of two,");
+    const virtio::AreaNeeds needs = virtio::area_needs(shape);
+    struct Area {
+        std::byte*& at;
+        uint64_t address, bytes;
+        uint32_t align;
+    };
+    for (const Area& area :
+         {Area{ring->place.descriptors, info.descriptors, needs.descriptors, needs.descriptors_align},
+          Area{ring->place.driver, info.driver, needs.driver, needs.driver_align},
+          Area{ring->place.device, info.device, needs.device, needs.device_align}}) {
+        if (area.address % area.align != 0)
+            return fail(ErrorKind::kInvalid, "queue {} has an area at {:#x}, which is not aligned to {}", index,
+                        area.address, area.align);
+        area.at = iotlb.area(area.address, area.bytes);
+        if (!area.at)
+            return fail(ErrorKind::kInvalid, "queue {} has an area at {:#x} ({} bytes) that is not in the memory",
+                        index, area.address, area.bytes);
+    }
+    return ring;
+}
+
+/// Interrupts that the kernel did not take yet: while it notes DRIVER_OK, which it does after our answer to that, it
+/// refuses them.
+struct Queues::Owed {
+    explicit Owed(size_t queues) : flags(queues) {}
+    std::vector<std::atomic<bool>> flags;
+    Queues* owner = nullptr;  // main loop only
+};
+
+class Queues::Interrupt final : public virtio::Call {
+  public:
+    Interrupt(const Device& device, uint32_t index, Loop& main_loop, std::shared_ptr<Owed> owed)
+        : device_(device), index_(index), main_loop_(main_loop), owed_(std::move(owed)) {}
+    void signal() override {
+        if (device_.inject_irq(index_) != -EINVAL) [[likely]]
+            return;
+        if (owed_->flags[index_].exchange(true)) return;
+        main_loop_.post([owed = owed_] {
+            Queues* queues = owed->owner;
+            if (!queues || queues->delivering_ || !queues->running_) return;
+            queues->delivering_ = true;
+            queues->scope_.spawn(queues->deliver_owed());
+        });
+    }
+
+  private:
+    const Device& device_;
+    const uint32_t index_;
+    Loop& main_loop_;
+    const std::shared_ptr<Owed> owed_;
+};
+
+Task<void> Queues::deliver_owed() {
+    std::chrono::milliseconds pause = 1ms;
+    for (bool more = true; more && running_;) {
+        more = false;
+        for (uint32_t i = 0; i < owed_->flags.size(); ++i) {
+            if (!owed_->flags[i].exchange(false)) continue;
+            if (device_.inject_irq(i) != -EINVAL) continue;
+            owed_->flags[i] = more = true;
+        }
+        if (!more || !running_) break;
+        (void)co_await pause_.after(pause);
+        pause = std::min<std::chrono::milliseconds>(pause * 2, 100ms);
+    }
+    delivering_ = false;
+}
+
+Queues::Queues(Device& device, Record& record, const virtio::BlkService& service, block::Root& root,
+               std::vector<Loop*> loops, std::string user)
+    : device_(device),
+      record_(record),
+      service_(service),
+      root_(root),
+      loops_(std::move(loops)),
+      user_(std::move(user)),
+      queue_count_(service.device().shape().queues),
+      iotlb_(device),
+      queues_(queue_count_),
+      owed_(std::make_shared<Owed>(queue_count_)) {
+    owed_->owner = this;
+}
+
+Queues::~Queues() { owed_->owner = nullptr; }
+
+Task<Result<>> Queues::make_queue(uint32_t index) {
+    Queue& q = queues_[index];
+    if (q.queue) co_return Result<>();
+    Loop& loop = *loops_[index % loops_.size()];
+    block::Channel* channel = co_await root_.channel(loop);
+    Loop* home = &Loop::current();
+    auto broken = [owed = owed_, home](size_t broken_index, const std::string& fault) {
+        home->post([owed, broken_index, fault] {
+            if (!owed->owner) return;
+            owed->owner->queues_[broken_index].fault = fault;
+            log::error("{}: queue {} is not served any more, until the driver resets the device: {}",
+                       owed->owner->user_, broken_index, fault);
+        });
+    };
+    queues_[index].queue = std::make_unique<virtio::Virtqueue>(loop, index, service_, *channel, std::move(broken));
+    co_return Result<>();
+}
+
+Task<Result<>> Queues::start_one(uint32_t index, Begin begin, bool must_be_idle, std::optional<uint32_t> base) {
+    CO_TRY(const auto found, find_ring(device_, iotlb_, index, features_, service_.device().shape().queue_size));
+    if (!found) co_return Result<>();
+    if (base) found->base = *base;
+    if (must_be_idle) {
+        auto idle = place_of_idle(*found);
+        if (!idle) co_return fail(idle.error().kind(), "queue {}: {}", index, idle.error().message());
+        found->base = *idle;
+    }
+    std::unique_ptr<virtio::Inflight> inflight;
+    if (file_) {
+        inflight = std::make_unique<virtio::Inflight>();
+        inflight->region = file_->region(index);
+        inflight->queue_size = file_->queue_size();
+        inflight->file = file_;
+    }
+    auto ring = virtio::Ring::create(found->shape, found->place, found->base, std::move(inflight));
+    if (!ring) co_return fail(ring.error().kind(), "queue {}: {}", index, ring.error().message());
+    virtio::QueueStart start;
+    start.ring = std::move(*ring);
+    start.memory = iotlb_.memory();
+    start.source = &iotlb_;
+    start.kick.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+    if (!start.kick) co_return fail_errno(errno, "queue {}: making its kick", index);
+    CO_CHECK(device_.set_kick(index, start.kick.get()));
+
+    CO_CHECK(co_await make_queue(index));
+    Queue& q = queues_[index];
+    q.fault.clear();
+    q.shape = found->shape;
+    q.started = true;
+    virtio::Virtqueue& queue = *q.queue;
+    owed_->flags[index] = false;
+    auto call = std::make_unique<Interrupt>(device_, index, Loop::current(), owed_);
+    if (begin == Begin::kFresh) {
+        co_await run_on(queue.loop(), queue.set_call(std::move(call)));
+        co_await run_on(queue.loop(), queue.start(std::move(start)));
+    } else {
+        // Whoever was killed may have answered requests without telling: a call that comes later tells at once.
+        co_await run_on(queue.loop(), queue.start(std::move(start)));
+        co_await run_on(queue.loop(), queue.set_call(std::move(call)));
+    }
+    co_await run_on(queue.loop(), queue.enable(true));
+    co_return Result<>();
+}
+
+Task<uint32_t> Queues::stop_one(uint32_t index) {
+    virtio::Virtqueue& queue = *queues_[index].queue;
+    const uint32_t base = co_await run_on(queue.loop(), queue.stop());
+    co_await run_on(queue.loop(), queue.enable(false));
+    co_await run_on(queue.loop(), queue.set_call(nullptr));
+    queues_[index].started = false;
+    // The kernel lets the kick go at a reset in any case; what goes wrong here shows there.
+    [[maybe_unused]] const Result<> unset = device_.set_kick(index, -1);
+    co_return base;
+}
+
+Task<Result<>> Queues::start(uint64_t features, Begin begin) {
+    const bool packed = (features & virtio::kRingPacked) != 0;
+    features_ = features;
+    running_ = true;
+    file_ = begin == Begin::kTakeOver ? record_.inherit(packed) : nullptr;
+    const bool must_be_idle = begin == Begin::kTakeOver && !file_;
+    if (!file_) file_ = record_.begin(packed);
+    for (uint32_t i = 0; i < queues_.size(); ++i) {
+        Result<> started = co_await start_one(i, begin, must_be_idle, std::nullopt);
+        if (started) continue;
+        co_await stop();
+        co_return started;
+    }
+    co_return Result<>();
+}
+
+Task<Positions> Queues::stop() {
+    running_ = false;
+    pause_.cancel();
+    Positions positions(queues_.size());
+    for (uint32_t i = 0; i < queues_.size(); ++i) {
+        if (!queues_[i].started) continue;
+        const uint32_t base = co_await stop_one(i);
+        positions[i] = base;
+    }
+    file_.reset();
+    iotlb_.drop();
+    co_return positions;
+}
+
+Task<Result<uint32_t>> Queues::position(uint32_t index) {
+    if (index >= queues_.size()) co_return fail(ErrorKind::kInvalid, "there is no queue {}", index);
+    const bool packed = (features_ & virtio::kRingPacked) != 0;
+    if (!running_ || !queues_[index].started) {
+        CO_TRY(const QueueInfo info, device_.queue(index, packed));
+        co_return info.base;
+    }
+    const uint32_t base = co_await stop_one(index);
+    CO_CHECK(co_await start_one(index, Begin::kFresh, false, base));
+    co_return base;
+}
+
+Task<void> Queues::remap() {
+    if (!running_) {
+        iotlb_.drop();
+        co_return;
+    }
+    for (Queue& q : queues_) {
+        if (q.started) co_await run_on(q.queue->loop(), q.queue->pause());
+    }
+    iotlb_.drop();
+    for (uint32_t i = 0; i < queues_.size(); ++i) {
+        Queue& q = queues_[i];
+        if (!q.started) continue;
+        auto found = find_ring(device_, iotlb_, i, features_, service_.device().shape().queue_size);
+        if (found && *found && (*found)->shape.size == q.shape.size) {
+            co_await run_on(q.queue->loop(), q.queue->resume_in(iotlb_.memory(), (*found)->place));
+            continue;
+        }
+        std::string fault = found ? "it is not what it was before the memory changed" : found.error().message();
+        co_await run_on(q.queue->loop(), q.queue->break_off(std::move(fault)));
+        co_await run_on(q.queue->loop(), q.queue->resume());
+    }
+}
+
+Task<void> Queues::join() {
+    pause_.cancel();
+    co_await scope_.join();
+}
+
+std::vector<Queues::Line> Queues::lines() const {
+    std::vector<Line> all;
+    for (uint32_t i = 0; i < queues_.size(); ++i) {
+        const Queue& q = queues_[i];
+        if (!q.queue) continue;
+        const virtio::QueueCounters& c = q.queue->counters();
+        all.push_back({.index = i,
+                       .loop = q.queue->loop().name(),
+                       .fault = q.fault,
+                       .started = q.started,
+                       .size = q.shape.size,
+                       .packed = q.shape.packed,
+                       .requests = c.requests.load(std::memory_order_relaxed),
+                       .bytes_read = c.bytes_read.load(std::memory_order_relaxed),
+                       .bytes_written = c.bytes_written.load(std::memory_order_relaxed),
+                       .kicks = c.kicks.load(std::memory_order_relaxed),
+                       .signals = c.signals.load(std::memory_order_relaxed)});
+    }
+    return all;
+}
+
+}  // namespace gantry::vduse

@@ -1,0 +1,71 @@
+#include "exports/vduse/record.h"
+
+#include <sys/stat.h>
+
+#include <cstring>
+
+#include "runtime/log.h"
+
+namespace gantry::vduse {
+
+Record::Record(exports::Keeper* keeper, const std::string& export_id, uint16_t queues, uint16_t queue_size)
+    : keeper_(keeper), name_("vduse-" + export_id), queues_(queues), queue_size_(queue_size) {}
+
+std::shared_ptr<virtio::InflightFile> Record::inherit(bool packed) {
+    if (!keeper_) return nullptr;
+    std::vector<UniqueFd> left = keeper_->take(name_);
+    if (left.empty()) return nullptr;
+    struct stat st{};
+    if (left.size() == 1 && ::fstat(left.front().get(), &st) == 0 && S_ISREG(st.st_mode) && st.st_size > 0) {
+        auto file = virtio::InflightFile::adopt(std::move(left.front()), 0, static_cast<uint64_t>(st.st_size), queues_,
+                                                queue_size_, packed);
+        if (file) {
+            file_ = std::move(*file);
+            inherited_ = true;
+            return file_;
+        }
+        log::warn("'{}' is of no use: {}", name_, file.error().message());
+    } else {
+        log::warn("'{}' is of no use: it is not one file", name_);
+    }
+    keeper_->drop(name_);
+    return nullptr;
+}
+
+std::shared_ptr<virtio::InflightFile> Record::begin(bool packed) {
+    if (file_ && file_->packed() == packed) {
+        std::memset(file_->mapping()->data(), 0, file_->mapping()->size());
+        return file_;
+    }
+    drop();
+    if (!keeper_ || !keeper_->active()) {
+        why_not_ = keeper_ ? keeper_->why_inactive() : "nobody keeps descriptors";
+        return nullptr;
+    }
+    auto file = virtio::InflightFile::create(queues_, queue_size_, packed);
+    if (file) {
+        const int fd = (*file)->fd();
+        const Result<> put = keeper_->put(name_, std::span(&fd, 1));
+        if (put) {
+            why_not_.clear();
+            file_ = std::move(*file);
+            return file_;
+        }
+        why_not_ = put.error().message();
+    } else {
+        why_not_ = file.error().message();
+    }
+    log::warn("'{}': requests in flight do not survive a restart: {}", name_, why_not_);
+    return nullptr;
+}
+
+void Record::drop() {
+    if (keeper_) {
+        keeper_->take(name_).clear();
+        keeper_->drop(name_);
+    }
+    file_.reset();
+    inherited_ = false;
+}
+
+}  // namespace gantry::vduse

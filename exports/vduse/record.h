@@ -1,0 +1,39 @@
+// Record: requests that were taken and not answered, noted where they outlive this process.
+
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "exports/keeper.h"
+#include "exports/virtio/inflight.h"
+
+namespace gantry::vduse {
+
+/// Of one device. Without a keeper nothing is noted: a process that is killed then leaves a device whose requests
+/// nobody can tell apart. Main loop only.
+class Record {
+  public:
+    /// `keeper`: null for none.
+    Record(exports::Keeper* keeper, const std::string& export_id, uint16_t queues, uint16_t queue_size);
+
+    /// What a process before this one has left for rings of this kind, if there is any; once. Untrusted.
+    std::shared_ptr<virtio::InflightFile> inherit(bool packed);
+    /// An empty one, for rings that begin. Null, with why_not(), when nobody keeps it.
+    std::shared_ptr<virtio::InflightFile> begin(bool packed);
+    const std::string& why_not() const { return why_not_; }
+    /// The device is gone, or begins anew: nothing is kept any more.
+    void drop();
+    bool inherited() const { return inherited_; }
+    bool kept() const { return file_ != nullptr; }
+
+  private:
+    exports::Keeper* const keeper_;
+    const std::string name_;
+    const uint16_t queues_, queue_size_;
+    std::shared_ptr<virtio::InflightFile> file_;
+    std::string why_not_;
+    bool inherited_ = false;
+};
+
+}  // namespace gantry::vduse

@@ -1,0 +1,40 @@
+// Refusal: a device that is being removed while a driver uses it answers every request with an I/O error, so that the
+// driver lets go of it instead of waiting for ever.
+
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "exports/vduse/queues.h"
+
+namespace gantry::vduse {
+
+/// Main loop only.
+class Refusal {
+  public:
+    Refusal(Device& device, const virtio::BlkService& service);
+    ~Refusal();
+
+    /// Goes on where queues ended.
+    void start(uint64_t features, const Positions& positions);
+    /// Returns where they are now.
+    Task<Positions> stop();
+    uint64_t refused() const { return refused_; }
+
+  private:
+    struct Line;
+    Task<void> run(Line* line);
+    bool refuse_all(Line& line);
+
+    Device& device_;
+    const virtio::BlkService& service_;
+    Iotlb iotlb_;
+    std::vector<std::unique_ptr<Line>> lines_;
+    size_t count_ = 0;
+    uint64_t refused_ = 0;
+    bool stopping_ = false;
+    TaskScope scope_;
+};
+
+}  // namespace gantry::vduse
