@@ -76,6 +76,13 @@ VhostUserExport::VhostUserExport(exports::ExportContext context, VhostUserOption
 
 VhostUserExport::~VhostUserExport() { CHECK(scope_.live() == 0, "an export is destroyed when its front end has gone"); }
 
+block::EdgePerms VhostUserExport::perms() const {
+    block::EdgePerms perms;
+    perms.need = block::Perm::kConsistentRead;
+    if (writable()) perms.need |= block::Perm::kWrite;
+    return perms;
+}
+
 virtio::BlkShape VhostUserExport::shape() const {
     const block::Limits& limits = root().node().limits();
     virtio::BlkShape shape;

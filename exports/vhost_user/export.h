@@ -32,6 +32,8 @@ class VhostUserExport final : public exports::Export {
     ~VhostUserExport() override;
 
     std::string_view type() const override { return "vhost-user-blk"; }
+    /// The node may be resized: the front end is told.
+    block::EdgePerms perms() const override;
     Task<Result<>> start() override;
     bool has_clients() const override { return session_ != nullptr; }
     Task<bool> let_go() override;

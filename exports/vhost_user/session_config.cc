@@ -15,8 +15,9 @@ Session::Reply Session::get_config(const Message& message) const {
     const auto range = message.as<ConfigRange>();
     Reply out;
     out.sent = true;
-    // An empty reply is how an error is told.
+    // An empty reply is how an error is told. Room for the answer comes with the request.
     if (range.size > kMaxConfigBytes || range.offset > kMaxConfigBytes - range.size) return out;
+    if (message.payload.size() != sizeof range + range.size) return out;
     out.payload.resize(sizeof range + range.size);
     std::memcpy(out.payload.data(), &range, sizeof range);
     const virtio::BlkDevice::Config config = device_.blk().config();

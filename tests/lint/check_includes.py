@@ -15,6 +15,13 @@ ALLOWED = {
     "qmp": ["runtime", "schema", "block", "exports", "nbd", "fuse"],
     "cli": ["runtime", "schema", "block", "exports", "nbd", "fuse", "qmp", "systemd"],
 }
+# Inside exports/: what its folders may include of each other and of what lies beside them.
+EXPORTS = {
+    "exports": [],
+    "exports/virtio": [],
+    "exports/vhost_user": ["exports", "exports/virtio"],
+    "exports/vduse": ["exports", "exports/virtio"],
+}
 # Third-party headers appear behind one wrapper each: header prefix -> files that may include it.
 WRAPPED = {
     "liburing.h": ["runtime/"],
@@ -43,6 +50,9 @@ for room, below in ALLOWED.items():
             first = target.split("/")[0]
             if first in ALLOWED and first != room and first not in below:
                 bad.append(f"{name}:{number}: {room}/ may not include {first}/ ({target})")
+            folder, wanted = str(path.relative_to(root).parent), str(pathlib.PurePath(target).parent)
+            if folder in EXPORTS and wanted in EXPORTS and wanted != folder and wanted not in EXPORTS[folder]:
+                bad.append(f"{name}:{number}: {folder}/ may not include {wanted}/ ({target})")
             for prefix, places in WRAPPED.items():
                 if target.startswith(prefix) and not any(name.startswith(p) for p in places):
                     bad.append(f"{name}:{number}: <{target}> belongs behind its wrapper in {' or '.join(places)}")
