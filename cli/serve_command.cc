@@ -1,13 +1,15 @@
-// gantry serve IMAGE: one image over NBD (and as a file), until interrupted.
+// gantry serve IMAGE: one image over NBD (and as a file, and as a disk of virtual machines), until interrupted.
 
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <charconv>
 #include <cstdio>
 
 #include "cli/commands.h"
 #include "cli/daemon.h"
+#include "cli/guest_hints.h"
 #include "cli/made_file.h"
 #include "cli/opened_image.h"
 #include "cli/qmp_client.h"
@@ -31,6 +33,10 @@ constexpr OptionSpec kOptions[] = {
      "together and "
      "more than once"},
     {"file", 0, true, "FILE", "also show it as this raw file, which is made when it does not exist"},
+    {"vhost-user", 0, true, "SOCK",
+     "also offer it to a virtual machine as a vhost-user-blk disk on this unix socket; may be given more than once, "
+     "with --write once"},
+    {"queues", 0, true, "N", "queues of the disk of --vhost-user, 1 to 64 (default: one for each thread, at most 8)"},
     {"tls", 0, true, "DIR", "clients must use TLS, with the files that 'gantry tls init DIR' has made"},
     {"insecure", 0, false, "", "allow unencrypted TCP on other addresses"},
     {"io-backend", 0, true, "auto|io_uring|epoll", "how to do I/O"},
@@ -40,7 +46,8 @@ constexpr OptionSpec kOptions[] = {
 
 struct ServeOptions {
     std::string image, format, name, description, snapshot, tls, file;
-    std::vector<std::string> sockets, tcps;
+    std::vector<std::string> sockets, tcps, vhost_users;
+    unsigned queues = 0;  // of a vhost-user-blk disk; 0: not said
     bool write = false, insecure = false;
     bool psk = false;  // the directory of --tls holds keys, not certificates
     RuntimeOptions runtime;
@@ -114,13 +121,18 @@ Result<Listen> tcp_address(const ServeOptions& options, const std::string& tcp) 
     return listen;
 }
 
+std::string absolute(const std::string& path) {
+    if (path.starts_with('/')) return path;
+    const std::unique_ptr<char, decltype(&::free)> cwd(::getcwd(nullptr, 0), &::free);
+    return cwd ? fmt::format("{}/{}", cwd.get(), path) : path;
+}
+
 Result<Listen> unix_address(const ServeOptions& options, std::string path) {
     if (path.empty()) {
         TRY(std::string directory, private_directory());
         path = fmt::format("{}/{}.nbd", directory, ::getpid());
-    } else if (path[0] != '/') {
-        std::unique_ptr<char, decltype(&::free)> cwd(::getcwd(nullptr, 0), &::free);
-        if (cwd) path = fmt::format("{}/{}", cwd.get(), path);
+    } else {
+        path = absolute(path);
     }
     Listen listen;
     listen.address = {{"type", "unix"}, {"path", path}};
@@ -144,6 +156,28 @@ Result<std::vector<Listen>> listen_addresses(const ServeOptions& options) {
         all.push_back(std::move(listen));
     }
     return all;
+}
+
+/// Queues of the disk of a virtual machine.
+unsigned queues_of(const ServeOptions& options) {
+    if (options.queues != 0) return options.queues;
+    return std::clamp(options.runtime.io_loops, 1U, 8U);
+}
+
+/// The vhost-user-blk disks.
+Result<> add_disks(Daemon& daemon, const ServeOptions& options, const std::string& node) {
+    for (size_t i = 0; i < options.vhost_users.size(); ++i) {
+        const std::string id = i == 0 ? "guest" : fmt::format("guest{}", i + 1);
+        TRY(auto added, daemon.execute("block-export-add",
+                                       {{"type", "vhost-user-blk"},
+                                        {"id", id},
+                                        {"node-name", node},
+                                        {"writable", options.write},
+                                        {"num-queues", queues_of(options)},
+                                        {"addr", {{"type", "unix"}, {"path", absolute(options.vhost_users[i])}}}}));
+        (void)added;
+    }
+    return {};
 }
 
 /// The URIs of the export.
@@ -175,6 +209,7 @@ Result<std::vector<std::string>> set_up(Daemon& daemon, const ServeOptions& opti
                                                             {"writable", options.write}}));
         (void)shown;
     }
+    CHECK_OK(add_disks(daemon, options, node));
     CHECK_OK(daemon.apply({"control-socket", "auto"}));
     (void)started, (void)exported;
     std::vector<std::string> uris;
@@ -189,6 +224,10 @@ void print_hints(const ServeOptions& options, const std::vector<std::string>& ur
     std::printf("Serving %s (%s) at\n\n", options.image.c_str(), options.write ? "read-write" : "read-only");
     for (const std::string& each : uris) std::printf("    %s\n", each.c_str());
     if (!options.file.empty()) std::printf("\nand as the file\n\n    %s\n", options.file.c_str());
+    for (const std::string& socket : options.vhost_users) {
+        std::printf("\nand as the disk of a virtual machine on %s\n\n%s", absolute(socket).c_str(),
+                    guest_hints(absolute(socket), queues_of(options)).c_str());
+    }
     std::printf("\nTry:\n");
     const std::string& uri = uris.front();
     std::printf("    nbdinfo '%s'\n", uri.c_str());
@@ -212,6 +251,15 @@ Result<std::string> tls_directory(const std::string& given, bool& psk) {
                     given);
     }
     return directory;
+}
+
+Result<unsigned> number_between(const std::string& text, unsigned least, unsigned most, std::string_view of_what) {
+    unsigned number = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+    if (error != std::errc() || *end != '\0' || number < least || number > most) {
+        return fail(ErrorKind::kInvalid, "'{}' is no number of {} from {} to {}", text, of_what, least, most);
+    }
+    return number;
 }
 
 Result<ServeOptions> parse(std::span<const char* const> arguments, bool& help) {
@@ -248,6 +296,10 @@ Result<ServeOptions> parse(std::span<const char* const> arguments, bool& help) {
         if (option.name == "description") out.description = option.value;
         if (option.name == "snapshot") out.snapshot = option.value;
         if (option.name == "socket") out.sockets.push_back(option.value);
+        if (option.name == "vhost-user") out.vhost_users.push_back(option.value);
+        if (option.name == "queues") {
+            TRY(out.queues, number_between(option.value, 1, 64, "queues"));
+        }
         if (option.name == "tcp") out.tcps.push_back(option.value);
         if (option.name == "tls") {
             TRY(out.tls, tls_directory(option.value, out.psk));
@@ -256,13 +308,16 @@ Result<ServeOptions> parse(std::span<const char* const> arguments, bool& help) {
             TRY(out.runtime.backend, parse_io_backend(option.value));
         }
         if (option.name == "io-loops") {
-            unsigned loops = 0;
-            auto [end, error] = std::from_chars(option.value.data(), option.value.data() + option.value.size(), loops);
-            if (error != std::errc() || *end != '\0' || loops > 256) {
-                return fail(ErrorKind::kInvalid, "'{}' is no number of threads from 0 to 256", option.value);
-            }
-            out.runtime.io_loops = loops;
+            TRY(out.runtime.io_loops, number_between(option.value, 0, 256, "threads"));
         }
+    }
+    if (out.queues != 0 && out.vhost_users.empty() && !help) {
+        return fail(ErrorKind::kInvalid, "--queues goes with --vhost-user");
+    }
+    if (out.write && out.vhost_users.size() > 1) {
+        return fail(ErrorKind::kInvalid,
+                    "--vhost-user can be given once with --write: two virtual machines that write to one disk destroy "
+                    "what is on it");
     }
     if (!help && out.image.empty()) return fail(ErrorKind::kInvalid, "name an image; 'gantry serve --help' explains");
     return out;

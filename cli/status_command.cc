@@ -34,7 +34,8 @@ uint64_t number_of(const json::object& object, std::string_view key) {
 Result<json::object> ask(const std::string& socket) {
     TRY(QmpClient client, QmpClient::connect(socket));
     json::object out{{"socket", socket}, {"version", client.version()}};
-    for (std::string_view command : {"query-block-exports", "query-jobs", "query-nbd-servers", "query-fuse-exports"}) {
+    for (std::string_view command :
+         {"query-block-exports", "query-jobs", "query-nbd-servers", "query-fuse-exports", "query-vhost-user-exports"}) {
         TRY(json::value reply, client.execute(command, {}));
         out[command] = std::move(reply);
     }
@@ -110,6 +111,42 @@ void print_files(const json::object& daemon) {
     }
 }
 
+void print_disks(const json::object& daemon) {
+    for (const json::value& item : list_of(daemon, "query-vhost-user-exports")) {
+        const json::object& disk = item.get_object();
+        std::printf("vhost-user-blk export %s on %s: ", text_of(disk, "id").c_str(), text_of(disk, "socket").c_str());
+        const json::value* found = disk.if_contains("front-end");
+        if (!found) {
+            std::printf("no virtual machine is connected\n");
+            continue;
+        }
+        const json::object& front = found->get_object();
+        uint64_t requests = 0, read = 0, written = 0, kicks = 0, signals = 0;
+        size_t running = 0;
+        for (const json::value& q : list_of(front, "queues")) {
+            const json::object& queue = q.get_object();
+            requests += number_of(queue, "requests");
+            read += number_of(queue, "bytes-read");
+            written += number_of(queue, "bytes-written");
+            kicks += number_of(queue, "kicks");
+            signals += number_of(queue, "signals");
+            running += flag_of(queue, "running");
+        }
+        std::printf("%s; %zu queues run; %llu requests, %llu kicks, %llu signals, %s read, %s written; %s%s\n",
+                    text_of(front, "peer").c_str(), running, static_cast<unsigned long long>(requests),
+                    static_cast<unsigned long long>(kicks), static_cast<unsigned long long>(signals),
+                    readable_size(read).c_str(), readable_size(written).c_str(),
+                    flag_of(front, "inflight-tracking") ? "survives a restart" : "requests are lost in a crash",
+                    flag_of(front, "dirty-log") ? "; migration under way" : "");
+        for (const json::value& q : list_of(front, "queues")) {
+            const std::string broken = text_of(q.get_object(), "broken");
+            if (broken.empty()) continue;
+            std::printf("  queue %llu is not served any more: %s\n",
+                        static_cast<unsigned long long>(number_of(q.get_object(), "index")), broken.c_str());
+        }
+    }
+}
+
 void print_daemon(const json::object& daemon) {
     std::printf("%s\n", text_of(daemon, "socket").c_str());
     std::map<std::string, const json::object*> nodes, stats;
@@ -148,6 +185,7 @@ void print_daemon(const json::object& daemon) {
     }
     print_servers(daemon);
     print_files(daemon);
+    print_disks(daemon);
     for (const json::value& item : list_of(daemon, "query-jobs")) {
         const json::object& job = item.get_object();
         std::printf("job %s (%s): %s, %llu of %llu\n", text_of(job, "id").c_str(), text_of(job, "type").c_str(),

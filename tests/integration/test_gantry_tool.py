@@ -5,11 +5,15 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
+import socket
 import stat
+import struct
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 import gantry_test as gt
@@ -205,6 +209,58 @@ class Tool(gt.Case):
         for uri in uris:
             self.assertEqual(self.read(uri, 65536), gt.text_block(0))
         self.end(process)
+
+    def ask_disk(self, path, request, payload=b""):
+        """One request to a vhost-user socket; the payload of the reply."""
+        with socket.socket(socket.AF_UNIX) as s:
+            s.settimeout(gt.DEADLINE)
+            s.connect(path)
+            s.sendall(struct.pack("=III", request, 1, len(payload)) + payload)
+            size = struct.unpack("=III", s.recv(12, socket.MSG_WAITALL))[2]
+            return s.recv(size, socket.MSG_WAITALL)
+
+    def test_serve_virtual_machines(self):
+        image = self.raw_image("disk.raw", 2 * gt.MIB)
+        # A name that every one of the lines writes in its own way.
+        path = self.path("a, b & 'c.sock")
+        process, uri, text = self.serve("--write", "--format", "raw", "--vhost-user", "a, b & 'c.sock", "--queues", "3", image)
+        self.assertEqual(len(self.read(uri)), 4096)
+        config = self.ask_disk(path, 24, struct.pack("=III", 0, 60, 0) + bytes(60))[12:]
+        self.assertEqual((struct.unpack_from("<Q", config)[0], struct.unpack_from("<H", config, 34)[0]), (4096, 3))
+        self.assertFalse(struct.unpack("=Q", self.ask_disk(path, 1))[0] & 1 << 5)  # it is not read-only
+        xml = ElementTree.fromstring("<domain>" + text.partition("libvirt:\n")[2].partition("Try:")[0] + "</domain>")
+        self.assertEqual(xml.find("disk/source").get("path"), path)
+        self.assertEqual((xml.find("disk/driver").get("queues"), xml.find("memoryBacking/access").get("mode")), ("3", "shared"))
+        cloud = shlex.split(text.partition("cloud-hypervisor:\n")[2].partition("libvirt:")[0].replace("\\\n", ""))
+        self.assertEqual(cloud, ["--memory", "size=4G,shared=on", "--disk",
+                                 f"vhost_user=true,socket={path},num_queues=3,queue_size=256"])
+        status = self.gantry("status").stdout
+        self.assertIn(f"vhost-user-blk export guest on {path}: no virtual machine is connected", status)
+        with self.subTest("qemu takes its line"):
+            gt.require("qemu-system-x86_64")
+            line = text.partition("reconnect=1; the size is that of -m):\n")[2].partition("cloud-hypervisor:")[0].replace("4G", "64M")
+            words = shlex.split(line.replace("\\\n", ""))
+            qemu = subprocess.Popen(["qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-display", "none", "-S", *words,
+                                     "-qmp", "stdio"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self.addCleanup(qemu.kill)
+            self.assertIn("QMP", qemu.stdout.readline())  # its devices are there
+            status = self.gantry("status").stdout
+            self.assertRegex(status, f"export guest on .*: unix:pid={qemu.pid},uid=.*; 0 queues run; 0 requests")
+            qemu.communicate('{"execute": "qmp_capabilities"}{"execute": "quit"}', timeout=gt.DEADLINE)
+        self.end(process)
+        self.assertFalse(os.path.exists(path))
+
+        # For reading by several.
+        process, _, text = self.serve("--format", "raw", "--vhost-user", "1.sock", "--vhost-user", "2.sock", image)
+        for name in ("1.sock", "2.sock"):
+            self.assertIn(f"on {self.path(name)}\n", text)
+            self.assertTrue(struct.unpack("=Q", self.ask_disk(self.path(name), 1))[0] & 1 << 5)
+        self.end(process)
+        self.refused("serve", "--write", "--vhost-user", "1", "--vhost-user", "2", image, status=2, text="once with --write")
+        self.refused("serve", "--queues", "2", image, status=2, text="--queues goes with --vhost-user")
+        for number in ("0", "65", "x", "-1"):
+            self.refused("serve", "--vhost-user", "1", "--queues", number, image, status=2, text=f"'{number}' is no number of queues")
+        self.assertIn("--vhost-user SOCK", self.gantry("serve", "--help").stdout)
 
     def test_serve_bad_words(self):
         self.refused("serve", status=2, text="name an image")
