@@ -69,4 +69,9 @@ std::byte* InflightFile::region(size_t queue) const {
     return queue < queues_ ? mapping_->data() + queue * region_bytes(queue_size_, packed_) : nullptr;
 }
 
+void InflightFile::forget(size_t queue) const {
+    // Both layouts have their version in the same place; 0: not set up.
+    if (std::byte* const at = region(queue)) store<uint16_t>(at + 8, 0, std::memory_order_release);
+}
+
 }  // namespace gantry::virtio

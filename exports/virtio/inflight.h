@@ -29,6 +29,9 @@ class InflightFile {
     bool packed() const { return packed_; }
     /// Null for a queue that it has no region for.
     std::byte* region(size_t queue) const;
+    /// The driver has begun anew (a reset): what the region of its queue says means nothing any more. While no ring
+    /// uses it.
+    void forget(size_t queue) const;
     const std::shared_ptr<Mapping>& mapping() const { return mapping_; }
 
   private:

@@ -10,7 +10,7 @@ namespace gantry::virtio {
 
 PackedInflight::PackedInflight(std::unique_ptr<Inflight> inflight) : inflight_(std::move(inflight)) {
     if (!inflight_) return;
-    heads_.resize(1 << 16);
+    heads_.resize(inflight_->queue_size);
     next_.resize(inflight_->queue_size);
     last_.resize(inflight_->queue_size);
 }
@@ -80,18 +80,19 @@ Result<> PackedInflight::collect(uint32_t size, Recovered& found) {
         store<uint8_t>(entry(i) + kInflight, 0);
     }
     std::vector<std::pair<uint64_t, std::vector<PackedDescriptor>>> noted;  // counter and chain
-    std::vector<bool> ids(1 << 16);
+    std::vector<uint16_t> ids;
     for (uint32_t head = 0; head < entries; head++) {
         if (seen[head] || load<uint8_t>(entry(head) + kInflight) == 0) continue;
         TRY(auto chain, collect_chain(static_cast<uint16_t>(head), seen));
-        const uint16_t id = chain.back().id;
-        if (ids[id]) return fail(ErrorKind::kInvalid, "the inflight region has buffer {} twice", id);
-        ids[id] = true;
+        ids.push_back(chain.back().id);
         found.slots += static_cast<uint32_t>(chain.size());
         const auto counter = load<uint64_t>(entry(head) + kCounter);
         counter_ = std::max(counter_, counter);
         noted.emplace_back(counter, std::move(chain));
     }
+    std::ranges::sort(ids);
+    if (const auto twice = std::ranges::adjacent_find(ids); twice != ids.end())
+        return fail(ErrorKind::kInvalid, "the inflight region has buffer {} twice", *twice);
     if (count + found.slots != entries)
         return fail(ErrorKind::kInvalid, "the inflight region has lost {} of {} descriptors",
                     entries - count - found.slots, entries);
@@ -122,7 +123,7 @@ Result<std::vector<PackedDescriptor>> PackedInflight::collect_chain(uint16_t hea
     if (const auto last = load<uint16_t>(entry(head) + kLast); last != last_[head])
         return fail(ErrorKind::kInvalid, "the inflight region has a chain at {} that ends at {}, not at {}", head,
                     last_[head], last);
-    heads_[chain.back().id] = head;
+    set_head(chain.back().id, head);
     return chain;
 }
 
@@ -144,7 +145,7 @@ void PackedInflight::taken(std::span<const PackedDescriptor> chain) {
     store<uint8_t>(e + kInflight, 1, std::memory_order_release);
     store_free(at, at);
     free_ = at;
-    heads_[chain.back().id] = head;
+    set_head(chain.back().id, head);
 }
 
 void PackedInflight::finishing(uint16_t id, PackedPlace used) {

@@ -84,6 +84,11 @@ class PackedInflight {
                         now.slot | uint64_t{old.slot} << 16 | uint64_t{now.wrap} << 32 | uint64_t{old.wrap} << 40,
                         std::memory_order_release);
     }
+    void set_head(uint16_t id, uint16_t head) {
+        if (id >= heads_.size()) [[unlikely]]
+            heads_.resize(1 << 16);  // drivers may use any number, and do not
+        heads_[id] = head;
+    }
     Result<> settle(uint32_t size, const std::byte* descriptors);
     Result<> collect(uint32_t size, Recovered& found);
     Result<std::vector<PackedDescriptor>> collect_chain(uint16_t head, std::vector<bool>& seen);

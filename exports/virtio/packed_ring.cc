@@ -20,7 +20,7 @@ PackedPlace place_of(uint32_t bits) { return {static_cast<uint16_t>(bits & 0x7ff
 class PackedRing final : public Ring {
   public:
     PackedRing(RingShape shape, RingPlace place, std::unique_ptr<Inflight> inflight)
-        : Ring(shape, place), inflight_(std::move(inflight)), ids_(1 << 16) {
+        : Ring(shape, place), inflight_(std::move(inflight)), ids_(shape.size) {
         descriptors_.reserve(shape.size);
     }
 
@@ -46,11 +46,11 @@ class PackedRing final : public Ring {
         if (!is_available(load<uint16_t>(at(next_.slot) + 14, std::memory_order_acquire))) return Take::kNothing;
         if (!read_ring(chain, space)) [[unlikely]]
             return Take::kBroken;
-        if (ids_[chain.id]) [[unlikely]] {
+        if (is_in_flight(chain.id)) [[unlikely]] {
             reader_.broken("buffer {} is made available again before it was used", chain.id);
             return Take::kBroken;
         }
-        ids_[chain.id] = true;
+        set_in_flight(chain.id);
         slots_ += chain.slots;
         next_.advance(chain.slots, shape_.size);
         if (inflight_) inflight_.taken(descriptors_);
@@ -60,7 +60,7 @@ class PackedRing final : public Ring {
     bool publish(std::span<const Used> done) override {
         if (done.empty()) return false;
         for (const Used& one : done) {
-            CHECK(ids_[one.id] && one.slots <= slots_, "only what was taken is published, and once");
+            CHECK(is_in_flight(one.id) && one.slots <= slots_, "only what was taken is published, and once");
             ids_[one.id] = false;
         }
         uint32_t slots = 0;
@@ -108,6 +108,13 @@ class PackedRing final : public Ring {
         return ((flags & kPackedAvail) != 0) == next_.wrap && ((flags & kPackedUsed) != 0) != next_.wrap;
     }
 
+    bool is_in_flight(uint16_t id) const { return id < ids_.size() && ids_[id]; }
+    void set_in_flight(uint16_t id) {
+        if (id >= ids_.size()) [[unlikely]]
+            ids_.resize(1 << 16);  // drivers may use any number, and do not
+        ids_[id] = true;
+    }
+
     /// Without a record of what is in flight, nothing is.
     Result<> check_base(uint32_t base) {
         next_ = place_of(base);
@@ -128,7 +135,7 @@ class PackedRing final : public Ring {
         next_.advance(found.slots, shape_.size);
         slots_ = found.slots;
         again_ = std::move(found.chains);
-        for (const auto& chain : again_) ids_[chain.back().id] = true;
+        for (const auto& chain : again_) set_in_flight(chain.back().id);
         return {};
     }
 
