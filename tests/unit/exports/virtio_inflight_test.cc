@@ -186,7 +186,7 @@ TEST_CASE("virtio inflight: a kill at any instruction loses and repeats nothing"
     CHECK(end == "");
     CHECK(turn_before == kTurns);
     CHECK(states > 100);
-    CHECK(world.added > 20);
+    CHECK(world.added > 15);
     CHECK(steps > states);
 }
 
