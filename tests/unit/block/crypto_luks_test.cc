@@ -191,7 +191,7 @@ TEST_CASE("luks: headers that must be refused", "[crypto][luks][malformed]") {
     }
 }
 
-TEST_CASE("luks: headers with random damage are decoded or refused", "[crypto][luks][malformed]") {
+TEST_CASE("luks: headers with random damage are decoded or refused", "[crypto][luks][malformed][once]") {
     uint64_t state = 88172645463325252;
     const auto random = [&] {
         state ^= state << 13;
@@ -212,7 +212,7 @@ TEST_CASE("luks: headers with random damage are decoded or refused", "[crypto][l
     CHECK(good < 20000);
 }
 
-TEST_CASE("luks: the passphrase opens what was made, another does not", "[crypto][luks]") {
+TEST_CASE("luks: the passphrase opens what was made, another does not", "[crypto][luks][once]") {
     Bench b;
     const CipherAlg algs[] = {CipherAlg::kAes128, CipherAlg::kAes192, CipherAlg::kTwofish256, CipherAlg::kCast5_128};
     for (const CipherAlg alg : algs) {
@@ -270,7 +270,7 @@ TEST_CASE("luks: nothing of the keys is left in the clear", "[crypto][luks]") {
     CHECK(all.find_first_not_of('\0', second) == std::string_view::npos);
 }
 
-TEST_CASE("luks: passphrases are added and erased", "[crypto][luks][amend]") {
+TEST_CASE("luks: passphrases are added and erased", "[crypto][luks][amend][once]") {
     Bench b;
     b.make();
     const Bytes before(b.volume.master_key.data(), b.volume.master_key.data() + b.volume.master_key.size());
@@ -297,7 +297,7 @@ TEST_CASE("luks: passphrases are added and erased", "[crypto][luks][amend]") {
     CHECK(b.opens(kOld));
 }
 
-TEST_CASE("luks: a passphrase in several slots leaves them all", "[crypto][luks][amend]") {
+TEST_CASE("luks: a passphrase in several slots leaves them all", "[crypto][luks][amend][once]") {
     Bench b;
     b.make();
     REQUIRE(b.amend(putting(kOld, 3)).empty());
@@ -308,7 +308,7 @@ TEST_CASE("luks: a passphrase in several slots leaves them all", "[crypto][luks]
     CHECK(b.volume.header.active_slots() == 1);
 }
 
-TEST_CASE("luks: what would lock everybody out needs force", "[crypto][luks][amend]") {
+TEST_CASE("luks: what would lock everybody out needs force", "[crypto][luks][amend][once]") {
     Bench b;
     b.make();
     CHECK(b.amend(erasing({}, 0)).starts_with("Attempt to erase the only active keyslot 0 which will erase all"));
@@ -338,7 +338,8 @@ TEST_CASE("luks: what would lock everybody out needs force", "[crypto][luks][ame
     CHECK(b.volume.header.active_slots() == 0);
 }
 
-TEST_CASE("luks: a change of key slots that is cut short never locks anybody out", "[crypto][luks][amend][crash]") {
+TEST_CASE("luks: a change of key slots that is cut short never locks anybody out",
+          "[crypto][luks][amend][crash][once]") {
     struct Row {
         const char* what;
         std::function<LuksAmend()> change;

@@ -303,7 +303,7 @@ class Stress {
 
 }  // namespace
 
-TEST_CASE("graph: a thousand changes a second under verified load", "[block][graph][stress]") {
+TEST_CASE("graph: a thousand changes a second under verified load", "[block][graph][stress][memory]") {
     GraphFixture f;
     Stress stress(f);
     f.run(stress.run());

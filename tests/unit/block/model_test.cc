@@ -64,7 +64,7 @@ const std::vector<BlocksCase> kBlocksCases = {
 
 }  // namespace
 
-TEST_CASE("model: memory nodes of all alignments, alone and under raw", "[block][model]") {
+TEST_CASE("model: memory nodes of all alignments, alone and under raw", "[block][model][memory][long]") {
     const std::string limits = GENERATE(as<std::string>(), "", ",'request-alignment':512,'memory-alignment':512",
                                         ",'request-alignment':4096,'max-transfer':65536,'zeroes-alignment':8192",
                                         ",'no-inline':true,'no-zeroes':true,'discard-alignment':4096,'fua':true");
@@ -84,7 +84,7 @@ TEST_CASE("model: memory nodes of all alignments, alone and under raw", "[block]
     m.verify();
 }
 
-TEST_CASE("model: null nodes read zeroes whatever is written", "[block][model]") {
+TEST_CASE("model: null nodes read zeroes whatever is written", "[block][model][memory][long]") {
     ModelRun m;
     m.forgets = true;
     m.open({fmt::format("{{'driver':'{}','node-name':'n','size':{},'read-zeroes':true}}",
@@ -94,7 +94,7 @@ TEST_CASE("model: null nodes read zeroes whatever is written", "[block][model]")
     m.verify();
 }
 
-TEST_CASE("model: a block-mapped format", "[block][model]") {
+TEST_CASE("model: a block-mapped format", "[block][model][memory][long]") {
     const BlocksCase c = GENERATE(from_range(kBlocksCases));
     CAPTURE(c.name);
     Disks disks;
@@ -118,7 +118,7 @@ TEST_CASE("model: a block-mapped format", "[block][model]") {
     m.verify();
 }
 
-TEST_CASE("model: requests that really overlap in time", "[block][model]") {
+TEST_CASE("model: requests that really overlap in time", "[block][model][memory][long]") {
     const BlocksCase c = GENERATE(from_range(kBlocksCases));
     CAPTURE(c.name);
     Disks disks;
@@ -131,7 +131,7 @@ TEST_CASE("model: requests that really overlap in time", "[block][model]") {
     CHECK(BlockFormat::check(*disks.image) == "");
 }
 
-TEST_CASE("model: read-modify-writes that really overlap in time", "[block][model]") {
+TEST_CASE("model: read-modify-writes that really overlap in time", "[block][model][memory][long]") {
     Disks disks;
     disks.image->resize(kSize);
     ModelRun m;
@@ -140,7 +140,7 @@ TEST_CASE("model: read-modify-writes that really overlap in time", "[block][mode
     m.verify();
 }
 
-TEST_CASE("model: a failing medium never damages what was acknowledged", "[block][model][errors]") {
+TEST_CASE("model: a failing medium never damages what was acknowledged", "[block][model][errors][memory][long]") {
     const unsigned subject = GENERATE(range(0u, 7u));
     CAPTURE(subject);
     Disks disks;
@@ -223,7 +223,7 @@ uint64_t lost_bytes(const Bytes& got, const ModelRun& m) {
 
 }  // namespace
 
-TEST_CASE("model: after a crash or a power cut everything flushed is there", "[block][model][crash]") {
+TEST_CASE("model: after a crash or a power cut everything flushed is there", "[block][model][crash][memory][long]") {
     const BlocksCase c = GENERATE(from_range(kBlocksCases));
     CAPTURE(c.name);
     Disks disks;

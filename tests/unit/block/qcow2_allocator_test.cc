@@ -130,7 +130,7 @@ TEST_CASE("qcow2: a failed settling keeps what it could not return", "[qcow2][al
     CHECK(rig.allocator->reserved() == 0);
 }
 
-TEST_CASE("qcow2: holes are filled before the file grows", "[qcow2][allocator]") {
+TEST_CASE("qcow2: holes are filled before the file grows", "[qcow2][allocator][once]") {
     AllocRig rig(16, 4);
     const uint64_t clusters = 8000;
     REQUIRE(rig.change(3, clusters - 3, 1) == "");

@@ -196,7 +196,7 @@ TEST_CASE("qcow2: bitmaps are loaded read-only with a read-only image, which doe
     CHECK(disk_bytes() == before);
 }
 
-TEST_CASE("qcow2: bitmaps that would take too much memory are refused before they take it", "[qcow2][bitmaps]") {
+TEST_CASE("qcow2: bitmaps that would take too much memory are refused before they take it", "[qcow2][bitmaps][once]") {
     if (!Qcow2Fixture::has_tool("qemu-img")) {
         WARN("skipped: qemu-img is not installed");
         return;

@@ -53,7 +53,7 @@ struct Workers {
 }  // namespace
 
 TEST_CASE("qcow2: blobs of many workers lie one behind the other, over the ends of clusters",
-          "[qcow2][write][compressed][interop]") {
+          "[qcow2][write][compressed][interop][long]") {
     if (no_qemu()) return;
     const std::string type = GENERATE("zlib", "zstd");
     const auto [cluster, size] = GENERATE(

@@ -351,7 +351,8 @@ Task<Result<Bytes>> read_all(Channel* channel, uint64_t bytes) {
 
 }  // namespace
 
-TEST_CASE("qcow2: writers on every loop share clusters, and nobody's bytes go astray", "[qcow2][write][stress]") {
+TEST_CASE("qcow2: writers on every loop share clusters, and nobody's bytes go astray",
+          "[qcow2][write][stress][memory][long]") {
     if (MemoryImage::tools_missing()) return;
     const Shape& shape = GENERATE(from_range(std::begin(kShapes), std::end(kShapes)));
     INFO(shape.create << shape.node << (shape.faults ? " failing" : ""));

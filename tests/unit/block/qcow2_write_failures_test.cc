@@ -205,7 +205,7 @@ Result<> run_operation(MemoryImage& f, int which) {
 }  // namespace
 
 TEST_CASE("qcow2: when the header cannot be switched, what is written afterwards is where the header says",
-          "[qcow2][operations][faults]") {
+          "[qcow2][operations][faults][once]") {
     if (MemoryImage::tools_missing()) return;
     const int which = GENERATE(range(0, 7));
     const Fault kind = GENERATE(Fault::kOnce, Fault::kForGood);

@@ -102,7 +102,7 @@ void judge(const TempDir& dir, const std::string& path, const std::vector<uint8_
 }  // namespace
 
 TEST_CASE("qcow2: random operations leave what a plain array holds, and qemu-img finds no fault",
-          "[qcow2][write][model][interop]") {
+          "[qcow2][write][model][interop][long]") {
     if (!Qcow2Fixture::has_tool("qemu-img")) {
         WARN("SKIPPED: qemu-img is not installed");
         return;
