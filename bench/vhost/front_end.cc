@@ -79,7 +79,8 @@ Outcome<> FrontEnd::negotiate(const Options& options) {
         if (options.queues > *queues) return failure("the server has " + std::to_string(*queues) + " queues at most");
     }
     BENCH_CHECK(read_config());
-    disk_.features = wanted | (*offered & kFeatureReadOnly);
+    // Who cannot flush gets every write flushed.
+    disk_.features = wanted | (*offered & (kFeatureReadOnly | kFeatureFlush));
     return tell(Request::kSetFeatures, disk_.features);
 }
 

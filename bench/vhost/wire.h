@@ -55,6 +55,7 @@ inline constexpr uint64_t kProtocolMq = 1;
 inline constexpr uint64_t kProtocolConfig = 1 << 9;
 
 inline constexpr uint64_t kFeatureReadOnly = 1 << 5;
+inline constexpr uint64_t kFeatureFlush = 1 << 9;
 inline constexpr uint64_t kFeatureMq = 1 << 12;
 inline constexpr uint64_t kFeatureIndirect = 1 << 28;
 inline constexpr uint64_t kFeatureEventIdx = 1 << 29;
