@@ -19,10 +19,25 @@ if(GANTRY_FUZZ)
     target_compile_options(gantry_flags INTERFACE -fsanitize=fuzzer-no-link)
     target_link_options(gantry_flags INTERFACE -fsanitize=fuzzer-no-link)
 endif()
+# Link-time optimisation is for the programs that are used, and takes a minute or more for each: objects of the rooms hold
+# both bitcode and native code, and test programs are linked from the latter.
 if(GANTRY_LTO)
-    target_compile_options(gantry_flags INTERFACE -flto=thin -fno-plt)
-    target_link_options(gantry_flags INTERFACE -flto=thin -Wl,--thinlto-cache-dir=${CMAKE_BINARY_DIR}/lto-cache)
+    target_compile_options(gantry_flags INTERFACE -fno-plt)
 endif()
+
+function(gantry_lto_objects target)
+    if(GANTRY_LTO)
+        target_compile_options(${target} PRIVATE -flto=thin -ffat-lto-objects)
+    endif()
+endfunction()
+
+function(gantry_lto_program target)
+    if(GANTRY_LTO)
+        target_compile_options(${target} PRIVATE -flto=thin)
+        target_link_options(${target} PRIVATE -flto=thin -Wl,--fat-lto-objects
+            -Wl,--thinlto-cache-dir=${CMAKE_BINARY_DIR}/lto-cache)
+    endif()
+endfunction()
 
 function(gantry_room name)
     cmake_parse_arguments(ARG "" "" "LIBS" ${ARGN})
@@ -34,6 +49,7 @@ function(gantry_room name)
     endif()
     add_library(gantry_${name} STATIC ${sources})
     target_link_libraries(gantry_${name} PUBLIC gantry_flags ${ARG_LIBS})
+    gantry_lto_objects(gantry_${name})
     if(NOT name STREQUAL "runtime")
         target_precompile_headers(gantry_${name} PRIVATE <string> <vector> <memory> <map> <expected> <functional>
             <coroutine> <optional> <string_view> <span> <chrono> <atomic> <boost/json/value.hpp>
@@ -45,5 +61,6 @@ function(gantry_program name main)
     if(EXISTS ${CMAKE_SOURCE_DIR}/${main})
         add_executable(${name} ${main})
         target_link_libraries(${name} PRIVATE gantry_cli)
+        gantry_lto_program(${name})
     endif()
 endfunction()
