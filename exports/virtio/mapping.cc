@@ -45,8 +45,10 @@ Result<std::shared_ptr<Mapping>> Mapping::create(int fd, uint64_t offset, uint64
     TRY(const size_t page, page_size(fd));
     const uint64_t before = offset % page;
     const uint64_t length = (before + size + page - 1) / page * page;
-    void* const base = ::mmap(nullptr, length, writable ? PROT_READ | PROT_WRITE : PROT_READ,
-                              MAP_SHARED | MAP_NORESERVE, fd, static_cast<off_t>(offset - before));
+    // What a driver lets us write where we may only read goes to pages of our own, and nowhere else.
+    void* const base =
+        ::mmap(nullptr, length, PROT_READ | PROT_WRITE, (writable ? MAP_SHARED : MAP_PRIVATE) | MAP_NORESERVE, fd,
+               static_cast<off_t>(offset - before));
     if (base == MAP_FAILED) return fail_errno(errno, "mapping {} bytes of shared memory at offset {}", size, offset);
     // A core dump of this process is no place for what guests keep in memory.
     (void)::madvise(base, length, MADV_DONTDUMP);
