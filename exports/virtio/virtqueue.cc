@@ -168,7 +168,10 @@ Task<void> Virtqueue::run() {
             scope_.spawn(wake_when_resumed());
         }
         const bool more = serve();
-        publish();
+        if (finished_.empty())
+            check_memory();
+        else
+            publish();
         if (ring_->is_broken() && !fault_reported_) report_fault();
         if (more) {
             co_await yield_turn();
@@ -278,13 +281,22 @@ void Virtqueue::publish() {
     }
     in_flight_ -= finished_.size();
     finished_.clear();
-    if (space_.broken()) [[unlikely]]
-        ring_->break_off("part of the memory file was cut off");
+    check_memory();
     if (ring_->publish(used_) && call_) {
         bump(counters_.signals);
         call_->signal();
     }
     if (in_flight_ == 0 && !settled_.empty()) settled_.notify_all();
+}
+
+/// What was cut off reads as zeroes, which may look like a ring without requests.
+void Virtqueue::check_memory() {
+    if (space_.broken()) [[unlikely]]
+        ring_->break_off("part of the memory file was cut off");
+    if (log_) [[unlikely]] {
+        if (log_->broken()) ring_->break_off("part of the log of written pages was cut off");
+        if (log_->beyond()) ring_->break_off("the log of written pages is too small for the guest's memory");
+    }
 }
 
 void Virtqueue::mark_written(const BlkRequest& request) {

@@ -94,6 +94,7 @@ class Virtqueue {
     void forget();
     void count(const BlkRequest& request);
     void publish();
+    void check_memory();
     void mark_written(const BlkRequest& request);
     void wake();
     void report_fault();
