@@ -50,6 +50,15 @@ class Broken(Exception):
     """The back end signalled that a ring makes no sense."""
 
 
+def readable(files, timeout=0):
+    """Those that can be read, at least one unless the time is over."""
+    poll, names = select.poll(), {}
+    for file in files:
+        poll.register(file, select.POLLIN)
+        names[file if isinstance(file, int) else file.fileno()] = file
+    return [names[fd] for fd, _ in poll.poll(max(0, timeout) * 1000)]
+
+
 class Connection:
     """The socket: any bytes, any descriptors."""
 
@@ -68,7 +77,8 @@ class Connection:
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
             sent = self.socket.sendmsg([data], control)
-            self.socket.sendall(data[sent:])
+            if sent < len(data):
+                self.socket.sendall(data[sent:])
         except (BrokenPipeError, ConnectionResetError):
             raise Closed from None
 
@@ -326,8 +336,7 @@ class Device:
                 return
             if any([queue.ring.arm() for queue in self.queues]):
                 continue
-            left = end - time.monotonic()
-            ready, _, _ = select.select([*calls, *errors, self.connection.socket], [], [], max(0, left))
+            ready = readable([*calls, *errors, self.connection.socket], end - time.monotonic())
             if not ready:
                 raise AssertionError(f"waited {deadline:.0f} s for {what}")
             for fd in ready:
@@ -339,6 +348,14 @@ class Device:
                 self.connection.ended()
                 raise Closed
 
+    def taken(self, queue=0):
+        """Chains that the inflight region knows: the device has them, and has not answered."""
+        fd, ring = self.inflight[1], self.queues[queue].ring
+        step = 32 if ring.packed else 16  # header and entries are of one size
+        start = queue * (-(-step * (ring.size + 1) // 64) * 64)
+        data = os.pread(fd, step * (ring.size + 1), start)
+        return sum(data[step * (slot + 1)] for slot in range(ring.size))
+
     def reap(self, queue):
         for number, length in queue.ring.reap():
             self.answered(queue, number, length)
@@ -349,7 +366,7 @@ class Device:
     def wait_broken(self, queue=None, deadline=DEADLINE):
         """The back end gives the ring up (and nothing else ends)."""
         queue = queue or self.queues[0]
-        ready, _, _ = select.select([queue.err, self.connection.socket], [], [], deadline)
+        ready = readable([queue.err, self.connection.socket], deadline)
         assert queue.err in ready, f"queue {queue.index} was not given up"
         os.eventfd_read(queue.err)
 
@@ -364,7 +381,7 @@ class Device:
     def make_log(self, offset=0):
         """A dirty log for all of memory."""
         end = max(region.end for region in self.memory.regions)
-        size = -(-end // 4096 // 8 // 4096 + 1) * 4096
+        size = (end // 4096 // 8 // 4096 + 1) * 4096
         fd = os.memfd_create("log")
         os.ftruncate(fd, offset + size)
         self.log = fd, offset, size, mmap.mmap(fd, offset + size)
