@@ -114,6 +114,8 @@ class Session {
     // session_inflight.cc: what outlives a process, and what migration sees
     Answer get_inflight(const Message& message);
     Result<> set_inflight(Message message);
+    void note_write_cache();
+    void recall_write_cache();
     Task<Result<>> set_log(Message message);
     Task<void> apply_log(size_t index);
     Task<void> apply_log_to_all();

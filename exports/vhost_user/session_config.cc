@@ -33,6 +33,7 @@ Result<> Session::set_config(const Message& message) {
     if (range.flags > 1) return fail(ErrorKind::kInvalid, "flags {:#x} are not known", range.flags);
     CHECK_OK(device_.blk().write_config(range.offset, std::span(message.payload).subspan(sizeof range)));
     config_written_ = true;
+    note_write_cache();
     return {};
 }
 

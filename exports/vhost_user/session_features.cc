@@ -29,6 +29,7 @@ Task<Result<>> Session::set_features(uint64_t chosen) {
     features_chosen_ = true;
     has_protocol_features_ = chosen & kHasProtocolFeatures;
     blk.choose_features(of_device);
+    recall_write_cache();
     if (log_all_ != !!(chosen & kLogAll)) {
         log_all_ = !log_all_;
         co_await apply_log_to_all();
@@ -85,6 +86,7 @@ void Session::forget_config() {
     device_.blk().choose_features(0);
     device_.blk().choose_features(chosen);
     config_written_ = false;
+    note_write_cache();
 }
 
 }  // namespace gantry::vhost_user

@@ -6,6 +6,16 @@
 
 namespace gantry::vhost_user {
 
+namespace {
+
+/// In the member `features` of the first queue's region, which the specification leaves at 0 and other back ends do not
+/// look at: the driver has switched the write cache off. The process after this one must know, for the driver will not
+/// say it again.
+constexpr uint64_t kWriteCacheOff = uint64_t{1} << 63;
+constexpr uint32_t kWriteCacheOffset = 32;  // of `wce` in the configuration space
+
+}  // namespace
+
 Session::Answer Session::get_inflight(const Message& message) {
     auto area = message.as<InflightArea>();
     Reply out;
@@ -31,6 +41,7 @@ Session::Answer Session::get_inflight(const Message& message) {
     // Who comes back brings the region that it has: this is a driver that begins anew. (Whether the write cache was
     // switched off survives the end of a connection: the driver does not see that and would not do it again.)
     if (!config_written_) forget_config();
+    note_write_cache();
     area.size = inflight_->size();
     out.fd = inflight_->fd();
     return finish();
@@ -45,7 +56,28 @@ Result<> Session::set_inflight(Message message) {
     }
     TRY(inflight_, virtio::InflightFile::adopt(std::move(message.fds.front()), area.offset, area.size, area.queues,
                                                area.queue_size, (features() & virtio::kRingPacked) != 0));
+    recall_write_cache();
     return {};
+}
+
+void Session::note_write_cache() {
+    std::byte* region = inflight_ ? inflight_->region(0) : nullptr;
+    if (!region) return;
+    uint64_t all = 0;
+    std::memcpy(&all, region, sizeof all);
+    all = device_.blk().write_cache() ? all & ~kWriteCacheOff : all | kWriteCacheOff;
+    std::memcpy(region, &all, sizeof all);
+}
+
+void Session::recall_write_cache() {
+    const std::byte* region = inflight_ ? inflight_->region(0) : nullptr;
+    if (!region || !(features() & virtio::kBlkConfigWce)) return;
+    uint64_t all = 0;
+    std::memcpy(&all, region, sizeof all);
+    if (!(all & kWriteCacheOff)) return;
+    constexpr std::byte kOff{0};
+    const Result<> switched = device_.blk().write_config(kWriteCacheOffset, std::span(&kOff, 1));
+    CHECK(switched, "who has chosen the feature may switch the write cache");
 }
 
 Task<Result<>> Session::set_log(Message message) {

@@ -340,6 +340,35 @@ TEST_CASE("vhost-user session: a write cache that was switched off stays so unti
     CHECK_FALSE(f.device->blk().write_cache());
 }
 
+TEST_CASE("vhost-user session: a write cache that was switched off stays so over a restart", "[vhost-user]") {
+    Fixture f;
+    REQUIRE(f.front->tell(Request::kSetFeatures, wire(f.features(false))) == true);
+    const auto region = f.front->ask(Request::kGetInflightFd, wire(InflightArea{0, 0, 1, 64, 0}));
+    const auto area = region.as<InflightArea>();
+    const auto restart = [&] {
+        f.end();
+        f.run(f.make_device({.serial = "serial", .writable = true}));
+        f.connect();
+        CHECK(f.device->blk().write_cache());
+    };
+    const bool off = GENERATE(false, true);
+    REQUIRE(f.front->tell(Request::kSetConfig, wire(ConfigRange{32, 1, 0}, uint8_t{0})) == true);
+    if (!off) REQUIRE(f.front->tell(Request::kSetConfig, wire(ConfigRange{32, 1, 0}, uint8_t{1})) == true);
+    restart();
+    // In either order.
+    const bool features_first = GENERATE(false, true);
+    if (features_first) REQUIRE(f.front->tell(Request::kSetFeatures, wire(f.features(false))) == true);
+    REQUIRE(f.front->tell(Request::kSetInflightFd, wire(area), {region.fd.get()}) == true);
+    if (!features_first) REQUIRE(f.front->tell(Request::kSetFeatures, wire(f.features(false))) == true);
+    CHECK(f.device->blk().write_cache() == !off);
+    REQUIRE(f.front->tell(Request::kResetDevice) == true);
+    CHECK(f.device->blk().write_cache());
+    restart();
+    REQUIRE(f.front->tell(Request::kSetFeatures, wire(f.features(false))) == true);
+    REQUIRE(f.front->tell(Request::kSetInflightFd, wire(area), {region.fd.get()}) == true);
+    CHECK(f.device->blk().write_cache());
+}
+
 TEST_CASE("vhost-user session: the front end is told of a new size", "[vhost-user]") {
     Fixture f;
     auto [ours, theirs] = make_sockets();
