@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <bit>
+#include <optional>
 
+#include "block/repeated_cancel.h"
 #include "runtime/check.h"
 #include "runtime/log.h"
 #include "schema/options.h"
@@ -159,7 +161,7 @@ Task<Result<>> VduseExport::go_on() {
     co_return Result<>();
 }
 
-bool VduseExport::has_clients() const { return device_ && device_->attached(); }
+Task<bool> VduseExport::let_go() { co_return !device_->attached(); }
 
 bool VduseExport::leaves() const {
     if (!context_.keeper || !device_->attached()) return false;
@@ -175,12 +177,17 @@ bool VduseExport::leaves() const {
 }
 
 Task<void> VduseExport::stop() {
+    std::optional<block::RepeatedCancel> cancel;
+    if (busy_ || queues_->running()) {
+        cancel.emplace([this] { block::Graph::cancel_in_flight(root().node()); });
+    }
     co_await end_messages();
     co_await workers_.join();
     if (queues_->running()) {
         positions_ = co_await queues_->stop();
     }
     co_await queues_->join();
+    if (cancel) co_await cancel->over();
     if (leaves()) {
         log::info("export '{}': VDUSE device '{}' waits for the process after this one", id(), options_.name);
         device_->close();

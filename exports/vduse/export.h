@@ -48,7 +48,10 @@ class VduseExport final : public exports::Export {
 
     std::string_view type() const override { return "vduse-blk"; }
     Task<Result<>> start() override;
-    bool has_clients() const override;
+    /// let_go() tells, and stop() cancels requests by itself: not while an attached device is waited for, since others
+    /// use the node.
+    bool has_clients() const override { return false; }
+    Task<bool> let_go() override;
     Task<void> stop() override;
     void on_resize(uint64_t new_size) override;
     json::object details() const override;
