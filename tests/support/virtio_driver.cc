@@ -214,6 +214,11 @@ void Guest::map() {
     memory_ = std::move(*memory);
 }
 
+void Guest::clear() {
+    for (const Part& part : parts_) std::memset(at(part.guest, part.size), 0, part.size);
+    std::ranges::fill(taken_, 0);
+}
+
 uint64_t Guest::alloc(uint64_t size, uint64_t align) {
     for (size_t i = parts_.size(); i-- > 0;) {
         const uint64_t from = (parts_[i].guest + taken_[i] + align - 1) / align * align;

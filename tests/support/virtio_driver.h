@@ -43,6 +43,8 @@ class Guest {
     virtio::AddressSpace space() const { return virtio::AddressSpace(memory_, nullptr); }
     const std::vector<Part>& parts() const { return parts_; }
     int fd(size_t part) const { return fds_.at(part).get(); }
+    /// Zeroes everywhere, and nothing is allocated.
+    void clear();
     /// A guest address in the last part (in one before when that is full); never freed.
     uint64_t alloc(uint64_t size, uint64_t align = 16);
     /// Where [address, address + length) is; it lies in one part.
