@@ -134,10 +134,11 @@ class RealGuest(gt.Case):
         self.assertEqual(gt.checksum(self.path("ro.raw")), self.ro_checksum)
 
     def file_system(self):
-        self.guest.run("mkfs.ext4 -q -b 4096 /dev/vdd && mount /dev/vdd /mnt")
-        self.guest.run("dd if=/dev/urandom of=/mnt/noise bs=64k count=64 2>/dev/null && cp -r /sys/module /mnt/ 2>/dev/null; sync")
+        self.guest.run("mkfs.ext4 -F -q -b 4096 /dev/vdd && mount /dev/vdd /mnt && mkdir /mnt/many")
+        self.guest.run("dd if=/dev/urandom of=/mnt/noise bs=64k count=64 2>/dev/null")
+        self.guest.run("for i in $(seq 200); do echo $i >/mnt/many/$i; done; sync")
         before = self.guest.run("sha256sum /mnt/noise")
-        self.guest.run("rm -r /mnt/module && fstrim /mnt && umount /mnt && mount /dev/vdd /mnt")
+        self.guest.run("rm -r /mnt/many && fstrim /mnt && umount /mnt && mount /dev/vdd /mnt")
         self.assertEqual(self.guest.run("sha256sum /mnt/noise"), before)
         self.guest.run("umount /mnt")
         self.run_tool("e2fsck", "-fn", self.path("fs.raw"))

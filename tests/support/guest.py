@@ -16,11 +16,11 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-from gantry_test import BUILD, ROOT, missing, require, wait_for
+from gantry_test import BUILD, ROOT, Qmp, missing, require, wait_for
 
 SOURCE = ROOT / "tests" / "guest"
 MODULES = ("virtio_pci", "virtio_blk")
-BOOT_DEADLINE = 40.0
+BOOT_DEADLINE = 120.0
 COMMAND_DEADLINE = 120.0  # everything is emulated
 
 
@@ -122,10 +122,12 @@ class GuestError(AssertionError):
 class Guest:
     """A running guest; it is up when the constructor returns. `directory` is short and its own."""
 
-    def __init__(self, directory, disks, cpus=2, memory=256, arguments=()):
+    def __init__(self, directory, disks, cpus=2, memory=256, incoming=None):
+        """`incoming`: where another guest comes from by migrate_to(); then nothing boots here."""
         require("qemu-system-x86_64", "busybox", "clang++-19", "modprobe", "ldd")
         self.directory, self.disks = directory, disks
         self.console_path = os.path.join(directory, "console")
+        self.qmp_path = os.path.join(directory, "guest.qmp")
         image, version = kernel()
         files = os.path.join(directory, "initramfs")
         with open(files, "wb") as file:
@@ -135,7 +137,7 @@ class Guest:
                  "-object", f"memory-backend-memfd,id=memory,size={memory}M,share=on", "-M", "q35,memory-backend=memory",
                  "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
                  "-serial", f"file:{self.console_path}", "-chardev", f"socket,id=commands,path={commands},server=on,wait=off",
-                 "-serial", "chardev:commands", "-kernel", image, "-initrd", files,
+                 "-serial", "chardev:commands", "-qmp", f"unix:{self.qmp_path},server=on,wait=off", "-kernel", image, "-initrd", files,
                  "-append", "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on nokaslr"]
         for number, disk in enumerate(disks):
             words += ["-chardev", f"socket,id=disk{number},path={disk.socket}" + (",reconnect=1" if disk.reconnect else ""),
@@ -143,16 +145,47 @@ class Guest:
                       + ("," + disk.options if disk.options else "")]
         self.log_path = os.path.join(directory, "qemu.log")
         with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen([*words, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        self.line, self.buffer, self.jobs = None, b"", 0
+            words += ["-incoming", f"unix:{incoming}"] if incoming else []
+            self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self.line, self.buffer, self.jobs, self.monitor = None, b"", 0, None
         begun = time.monotonic()
         try:
             self.line = wait_for(lambda: self.connect(commands), "the guest's serial line", BOOT_DEADLINE)
-            self.answer(BOOT_DEADLINE)
+            if not incoming:
+                self.answer(BOOT_DEADLINE)
         except BaseException:
             self.close()
             raise
         self.boot_seconds = time.monotonic() - begun
+
+    def qmp(self):
+        """qemu's monitor."""
+        if not self.monitor:
+            wait_for(lambda: os.path.exists(self.qmp_path), "qemu's monitor")
+            self.monitor = Qmp(self.qmp_path)
+        return self.monitor
+
+    def migrate_to(self, directory, disks):
+        """Live migration: the guest that goes on there, with all its jobs. This one is over."""
+        door = os.path.join(directory, "incoming")
+        other = Guest(directory, disks, incoming=door)
+        try:
+            wait_for(lambda: os.path.exists(door), "the qemu that the guest goes to")
+            self.qmp().cmd("migrate", uri=f"unix:{door}")
+            status = wait_for(self.migration_result, "the migration", BOOT_DEADLINE)
+            if status != "completed":
+                raise GuestError(f"the migration ended as {status}: {self.words()[-1500:]}\n{other.words()[-1500:]}")
+            wait_for(lambda: other.qmp().cmd("query-status")["running"], "the guest to go on")
+        except BaseException:
+            other.close()
+            raise
+        other.jobs = self.jobs
+        self.close()
+        return other
+
+    def migration_result(self):
+        status = self.qmp().cmd("query-migrate").get("status")
+        return status if status in ("completed", "failed", "cancelled") else None
 
     def connect(self, path):
         self.check_alive()
@@ -231,8 +264,9 @@ class Guest:
 
     def close(self):
         """Cuts the power."""
-        if self.line:
-            self.line.close()
+        for connection in (self.line, self.monitor):
+            if connection:
+                connection.close()
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
