@@ -86,7 +86,7 @@ Task<bool> VduseExport::set_status(uint8_t status) {
     }
     if (added & kFeaturesOk) {
         if (auto features = chosen_features(); !features) {
-            log::warn("{}: {}", user(), features.error().message());
+            log::warn("export '{}': {}", id(), features.error().message());
             co_return false;
         }
     }
@@ -111,7 +111,7 @@ Task<bool> VduseExport::driver_ok() {
     }
     begin(start_queues(Begin::kFresh));
     const bool over = co_await finished_in_time(false);
-    if (over && !outcome_) log::error("{}: {}", user(), outcome_.error().message());
+    if (over && !outcome_) log::error("export '{}': {}", id(), outcome_.error().message());
     co_return over&& outcome_.has_value();
 }
 
