@@ -31,7 +31,16 @@ class Killed(VhostCase):
         require_gantry("another daemon's restart is another matter")
 
     def start(self):
-        self.server = self.daemon(*self.words)
+        """The kernel keeps the files of a killed process, and their locks, until its last request to io_uring is over."""
+        def started():
+            try:
+                self.server = self.daemon(*self.words)
+            except AssertionError as error:
+                if '"write" lock' not in str(error):
+                    raise
+                return False
+            return True
+        wait_for(started, "the image to be free")
 
     def restart(self, disk):
         """kill -9; another daemon; the same guest goes on."""
