@@ -47,6 +47,7 @@ class Session {
     struct RingState {
         uint32_t size = 0;
         uint32_t base = 0;
+        std::optional<uint32_t> ended_at;  // a reset has stopped it there, and nobody has said where to begin again
         std::optional<VringAddress> address;
         bool started = false;  // by SET_VRING_KICK, until GET_VRING_BASE
         bool running = false;

@@ -69,6 +69,8 @@ uint64_t Session::status() const {
 Task<void> Session::reset() {
     co_await stop_all();
     for (RingState& ring : rings_) {
+        // qemu before 8.1 stops a device by SET_STATUS 0, and asks for the bases afterwards.
+        ring.ended_at = ring.ended_at.value_or(ring.base);
         ring.size = ring.base = 0;
         ring.address.reset();
         ring.started = false;

@@ -57,6 +57,7 @@ Result<> Session::set_base(VringState state) {
     TRY(RingState * r, ring(state.index));
     if (r->running) return fail(ErrorKind::kBusy, "the base of ring {} cannot change while it runs", state.index);
     r->base = state.num;
+    r->ended_at.reset();
     return {};
 }
 
@@ -80,7 +81,7 @@ Task<Session::Answer> Session::get_base(VringState state) {
     co_await stop(state.index);
     r->started = false;
     r->kick.reset();
-    co_return reply(VringState{state.index, r->base});
+    co_return reply(VringState{state.index, r->ended_at.value_or(r->base)});
 }
 
 Task<Result<>> Session::set_kick(uint64_t value, UniqueFd fd) {
@@ -202,6 +203,7 @@ Task<Result<>> Session::start(size_t index) {
     virtio::Virtqueue* queue = co_await device_.queue(index);
     device_.begin(index);
     r.running = true;
+    r.ended_at.reset();
     log::debug("export '{}': ring {} runs on {}: {} descriptors, {}{}{}", device_.id(), index, queue->loop().name(),
                shape.size, shape.packed ? "packed" : "split", shape.event_idx ? ", event index" : "",
                start.kick ? "" : ", polled");
