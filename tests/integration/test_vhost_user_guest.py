@@ -152,6 +152,15 @@ class RealGuest(gt.Case):
         self.disk(f"check {SIZE + 4 * MIB} {4 * MIB} 7")
         self.assertEqual(self.outside(SIZE + 4 * MIB, 4 * MIB), pattern(SIZE + 4 * MIB, 4 * MIB, 7))
 
+    def paused_and_continued(self):
+        job = self.guest.start(f"disk random /dev/vda {20 * MIB} {4 * MIB} 1.5 2 7 /tmp/paused")
+        for _ in range(3):
+            self.wait_for_writes("vda")
+            self.guest.qmp().cmd("stop")
+            self.guest.qmp().cmd("cont")
+        self.guest.finish(job)
+        self.assertNotIn("I/O error", self.guest.kernel_log())
+
     def daemon_killed_under_load(self):
         disks = {"raw": "vda", "qcow2": "vdb"} if gt.IS_GANTRY else {"raw": "vda"}  # only ours keeps its mapping
         seconds = LOAD_SECONDS * (KILLS + 1) + KILLS  # qemu comes back after a second
@@ -202,7 +211,7 @@ class RealGuest(gt.Case):
         self.addCleanup(self.guest.close)
         print(f"up after {self.guest.boot_seconds:.1f} s", file=sys.stderr)
         for step in (self.data_through_every_queue, self.what_the_devices_say, self.caches, self.discard_and_zeroes, self.read_only,
-                     self.file_system, self.new_size, self.daemon_killed_under_load):
+                     self.file_system, self.new_size, self.paused_and_continued, self.daemon_killed_under_load):
             begun = time.monotonic()
             with self.subTest(step.__name__):
                 step()
