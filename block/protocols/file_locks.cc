@@ -3,6 +3,8 @@
 #include <fcntl.h>
 
 #include <cerrno>
+#include <chrono>
+#include <thread>
 
 namespace gantry::block {
 
@@ -11,6 +13,10 @@ namespace {
 constexpr unsigned kTakenBase = 100;
 constexpr unsigned kUnsharedBase = 200;
 constexpr unsigned kPermCount = 4;
+/// The kernel closes what a killed process had in io_uring some time after the process is gone: such a lock has no
+/// holder, and is waited for.
+constexpr std::chrono::milliseconds kOrphanStep{20};
+constexpr int kOrphanSteps = 50;
 
 constexpr Perm perm_of(unsigned n) { return static_cast<Perm>(1u << n); }
 
@@ -77,12 +83,21 @@ int find_lock(int fd, unsigned byte, int& pid) {
     return fl.l_type == F_UNLCK ? 0 : 1;
 }
 
+/// The same, past locks that no process has any more (or one that /proc does not show us).
+int find_held_lock(int fd, unsigned byte, int& pid) {
+    for (int step = 0;; ++step) {
+        const int found = find_lock(fd, byte, pid);
+        if (found <= 0 || step == kOrphanSteps || !file_lock_holder(fd, byte, pid).empty()) return found;
+        std::this_thread::sleep_for(kOrphanStep);
+    }
+}
+
 Result<> check_byte(int fd, Perm perm, bool unshared, std::string_view filename) {
     // Whoever takes a permission looks at the byte of those who do not share it, and the other way round.
     const unsigned n = static_cast<unsigned>(__builtin_ctz(static_cast<unsigned>(perm)));
     const unsigned byte = (unshared ? kTakenBase : kUnsharedBase) + n;
     int pid = -1;
-    const int found = find_lock(fd, byte, pid);
+    const int found = find_held_lock(fd, byte, pid);
     if (found < 0) return fail_errno(-found, "Failed to look at the lock of byte {} of '{}'", byte, filename);
     if (found == 0) return {};
     const std::string_view way_out = unshared ? ""

@@ -31,8 +31,9 @@ bool file_locks_supported(int fd);
 Result<> file_lock_more(int fd, FileLockSet held, FileLockSet wanted, std::string_view filename);
 
 /// Refuses (kPermission) when another description takes what `wanted` does not share, or does not share what it takes.
-/// The text names the process where /proc tells. To be called after file_lock_more(): of two openers at once at least
-/// one notices.
+/// The text names the process where /proc tells; where it shows none, the refusal comes after a second, because a
+/// process that was killed may leave its locks behind it for a moment. To be called after file_lock_more(): of two
+/// openers at once at least one notices.
 Result<> file_lock_check(int fd, FileLockSet wanted, std::string_view filename);
 
 /// Unlocks what `held` has more than `keep`.
