@@ -160,6 +160,9 @@ Task<Session::Answer> Session::handle(Message message) {
             break;
         case Request::kResetDevice:
             co_await reset();
+            // Not with a status of 0, which qemu before 8.1 sends whenever the machine is paused: the driver that has
+            // switched the write cache off goes on without a flush.
+            forget_config();
             break;
         case Request::kSetStatus:
             done = co_await set_status(number);

@@ -79,7 +79,6 @@ Task<void> Session::reset() {
     }
     status_ = 0;
     features_refused_ = false;
-    forget_config();
 }
 
 /// The write cache is as at first; a front end that does not choose features again goes on with those it has.
