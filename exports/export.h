@@ -31,7 +31,7 @@ struct ExportContext {
     json::object options;  // validated BlockExportOptions
     /// The export has ended by itself (its mount is gone): asks for its removal. Main loop, after start() has begun.
     std::function<void()> ended;
-    Keeper* keeper = nullptr;  // who holds descriptors beyond the life of this process; null: nobody
+    Keeper* keeper = nullptr;      // who holds descriptors beyond the life of this process; null: nobody
     std::function<bool()> ending;  // whether every export is being removed, because the process ends
     /// A socket that was passed to this process, by name or number; null: nobody knows any.
     std::function<Result<UniqueFd>(std::string_view name)> resolve_fd;
