@@ -160,6 +160,7 @@ Task<Session::Answer> Session::handle(Message message) {
             break;
         case Request::kResetDevice:
             co_await reset();
+            for (size_t i = 0; inflight_ && i < rings_.size(); ++i) inflight_->forget(i);
             // Not with a status of 0, which qemu before 8.1 sends whenever the machine is paused: the driver that has
             // switched the write cache off goes on without a flush.
             forget_config();

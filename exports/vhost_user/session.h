@@ -51,6 +51,7 @@ class Session {
         std::optional<VringAddress> address;
         bool started = false;  // by SET_VRING_KICK, until GET_VRING_BASE
         bool running = false;
+        bool has_run = false;  // whatever its region had noted before is answered when it is stopped
         bool enabled = false;
         UniqueFd kick;  // until it runs
         UniqueFd call, error;
@@ -121,6 +122,7 @@ class Session {
     Task<void> apply_log(size_t index);
     Task<void> apply_log_to_all();
     std::shared_ptr<virtio::DirtyLog> active_log() const;
+    uint64_t ring_log_address(const RingState& ring) const;
 
     Device& device_;
     Connection connection_;

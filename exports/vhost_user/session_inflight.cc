@@ -40,7 +40,7 @@ Session::Answer Session::get_inflight(const Message& message) {
     inflight_ = std::move(*made);
     // Who comes back brings the region that it has: this is a driver that begins anew. (Whether the write cache was
     // switched off survives the end of a connection: the driver does not see that and would not do it again.)
-    if (!config_written_) forget_config();
+    if (!config_written_ && !any_running()) forget_config();
     note_write_cache();
     area.size = inflight_->size();
     out.fd = inflight_->fd();
@@ -89,12 +89,24 @@ Task<Result<>> Session::set_log(Message message) {
 
 std::shared_ptr<virtio::DirtyLog> Session::active_log() const { return log_all_ ? log_ : nullptr; }
 
+/// Where the part of the ring that we write lies for the log. For a packed ring front ends tell something else (qemu:
+/// the address of the device area), while the descriptors are what matters.
+uint64_t Session::ring_log_address(const RingState& ring) const {
+    uint64_t address = ring.address->log;
+    const virtio::RingShape shape = this->shape(ring);
+    if (!shape.packed) return address;
+    if (const auto where = place(*ring.address, shape, *memory_)) {
+        (void)memory_->guest_address(where->descriptors, address);
+    }
+    return address;
+}
+
 Task<void> Session::apply_log(size_t index) {
     const RingState& r = rings_[index];
     if (!r.running) co_return;
     virtio::Virtqueue* queue = device_.made_queue(index);
     const bool ring = r.address->flags & kLogRing;
-    co_await run_on(queue->loop(), queue->set_log(active_log(), ring, r.address->log));
+    co_await run_on(queue->loop(), queue->set_log(active_log(), ring, ring_log_address(r)));
 }
 
 Task<void> Session::apply_log_to_all() {

@@ -30,8 +30,9 @@ Result<> check_eventfd(const UniqueFd& fd, uint64_t index) {
 
 Task<void> begin(virtio::Virtqueue* queue, virtio::QueueStart start, bool enabled, std::unique_ptr<virtio::Call> call) {
     co_await queue->enable(enabled);
-    co_await queue->set_call(std::move(call));
     co_await queue->start(std::move(start));
+    // Last, as it tells the driver at once: a process before this one may have published and been killed before that.
+    co_await queue->set_call(std::move(call));
 }
 
 Task<uint32_t> end(virtio::Virtqueue* queue) {
@@ -56,6 +57,9 @@ Result<> Session::set_size(VringState state) {
 Result<> Session::set_base(VringState state) {
     TRY(RingState * r, ring(state.index));
     if (r->running) return fail(ErrorKind::kBusy, "the base of ring {} cannot change while it runs", state.index);
+    // After a status of 0 the driver begins elsewhere: what it had asked for is answered, and where the region says
+    // that this has ended counts no more. (Who was merely paused goes on there, even in another process.)
+    if (r->has_run && r->ended_at && *r->ended_at != state.num && inflight_) inflight_->forget(state.index);
     r->base = state.num;
     r->ended_at.reset();
     return {};
@@ -193,7 +197,7 @@ Task<Result<>> Session::start(size_t index) {
     CO_TRY(start.ring, virtio::Ring::create(shape, where, r.base, std::move(inflight)));
     start.memory = memory_;
     start.log = active_log();
-    if (start.log && (r.address->flags & kLogRing)) start.ring->set_log(start.log, r.address->log);
+    if (start.log && (r.address->flags & kLogRing)) start.ring->set_log(start.log, ring_log_address(r));
     std::unique_ptr<virtio::Call> call;
     if (r.call) {
         CO_TRY(UniqueFd copy, duplicate(r.call));
@@ -202,7 +206,7 @@ Task<Result<>> Session::start(size_t index) {
     start.kick = std::move(r.kick);
     virtio::Virtqueue* queue = co_await device_.queue(index);
     device_.begin(index);
-    r.running = true;
+    r.running = r.has_run = true;
     r.ended_at.reset();
     log::debug("export '{}': ring {} runs on {}: {} descriptors, {}{}{}", device_.id(), index, queue->loop().name(),
                shape.size, shape.packed ? "packed" : "split", shape.event_idx ? ", event index" : "",

@@ -27,7 +27,6 @@ Result<PackedInflight::Recovered> PackedInflight::recover(uint32_t size, const s
             next_[i] = static_cast<uint16_t>(i + 1);
             store<uint16_t>(entry(i) + kNext, next_[i]);
         }
-        store<uint64_t>(region(), 0);
         store<uint16_t>(region() + kDescNum, static_cast<uint16_t>(entries));
         store_free(0, 0);
         store_used(used, used);

@@ -10,7 +10,6 @@ Result<bool> SplitInflight::recover(uint32_t size, uint16_t used, std::vector<ui
     if (version > 1) return fail(ErrorKind::kInvalid, "the inflight region has version {}; 1 is known", version);
     if (version == 0) {
         for (uint32_t i = 0; i < entries; i++) store<uint8_t>(entry(i) + kInflight, 0);
-        store<uint64_t>(region(), 0);
         store<uint16_t>(region() + kDescNum, static_cast<uint16_t>(entries));
         store<uint16_t>(region() + kLastBatchHead, 0);
         store<uint16_t>(region() + kUsedIndex, used);
