@@ -15,6 +15,7 @@
 #include "block/repeated_cancel.h"
 #include "cli/qmp_client.h"
 #include "cli/registry.h"
+#include "exports/vduse/record.h"
 #include "fuse/restart.h"
 #include "qmp/command.h"
 #include "qmp/nbd_options.h"
@@ -288,7 +289,9 @@ Task<void> Daemon::report_status() {
 // Exports may still come over QMP; nobody waits for ever.
 Task<void> Daemon::give_up_left() {
     const bool expired = co_await left_pause_.after(kLegacyPatience);
-    if (expired && !quit_.is_set()) co_await fuse::give_up_legacies(keeper_);
+    if (!expired || quit_.is_set()) co_return;
+    vduse::give_up_records(keeper_);
+    co_await fuse::give_up_legacies(keeper_);
 }
 
 // What closing nodes write at last has its own time.
@@ -313,7 +316,10 @@ Task<void> Daemon::end_task() {
     co_await nbd_servers_.stop_all();
     co_await cancel.over();
     left_pause_.cancel();
-    if (keeper_.leave() == exports::Keeper::Leave::kNothing) co_await fuse::give_up_legacies(keeper_);
+    if (keeper_.leave() == exports::Keeper::Leave::kNothing) {
+        vduse::give_up_records(keeper_);
+        co_await fuse::give_up_legacies(keeper_);
+    }
     co_await graph_.close_all();
     mapping_logs_.drop_empty();
     co_await monitors_.stop();

@@ -243,7 +243,7 @@ Task<void> VduseExport::remove_device() {
         if (!broken_ && scope_.live() == 0) {
             if (!refusal_ && std::ranges::any_of(positions_, &std::optional<uint32_t>::has_value)) {
                 refusal_ = std::make_unique<Refusal>(*device_, *service_);
-                refusal_->start(blk_->chosen_features(), positions_);
+                refusal_->start(blk_->chosen_features(), positions_, record_->file());
             }
             messages_end_ = false;
             scope_.spawn(serve_messages());

@@ -101,6 +101,7 @@ class VduseExport final : public exports::Export {
     bool busy_ = false;  // begin() is at work
     Result<> outcome_;
     uint32_t position_ = 0;
+    Clock::time_point arrived_;  // the message that is being answered
     Timer patience_;
     Timer retry_;
     TaskScope scope_;    // serve_messages()

@@ -58,6 +58,7 @@ class RunningKernel final : public Kernel {
     }
     std::chrono::milliseconds patience(const std::string& name) override;
     std::string holder(const std::string& name) override;
+    bool any_left() override;
 };
 
 /// What the kernel begins with.
@@ -97,6 +98,17 @@ std::string RunningKernel::holder(const std::string& name) {
         return fmt::format("process {} ({})", pid, comm);
     }
     return {};
+}
+
+bool RunningKernel::any_left() {
+    const Directory devices(::opendir("/dev/vduse"), ::closedir);
+    if (!devices) return false;
+    while (const dirent* entry = ::readdir(devices.get())) {
+        const std::string name = entry->d_name;
+        if (name == "." || name == ".." || name == "control") continue;
+        if (attached(name) && holder(name).empty()) return true;
+    }
+    return false;
 }
 
 }  // namespace

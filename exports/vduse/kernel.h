@@ -37,6 +37,8 @@ class Kernel {
     virtual std::chrono::milliseconds patience(const std::string& name) = 0;
     /// Who has the device open, as far as that shows: "process 4711 (name)"; else empty.
     virtual std::string holder(const std::string& name) = 0;
+    /// Whether any device is attached that nobody has open, as far as that shows.
+    virtual bool any_left() = 0;
 };
 
 /// A descriptor of it that is closed in the end.

@@ -45,6 +45,7 @@ Task<void> VduseExport::end_messages() {
 }
 
 Task<void> VduseExport::handle(vduse_dev_request message) {
+    arrived_ = Clock::now();
     vduse_dev_response response{};
     response.request_id = message.request_id;
     bool done = false;
@@ -135,6 +136,11 @@ Task<bool> VduseExport::reset() {
 Task<bool> VduseExport::queue_state(uint32_t index, vduse_dev_response* response) {
     bool over = true;
     if (busy_) over = co_await finished_in_time(false);
+    const bool refusing = refusal_ != nullptr;
+    if (refusing) {
+        positions_ = co_await refusal_->stop();
+        refusal_->start(blk_->chosen_features(), positions_, record_->file());
+    }
     if (over) {
         begin(find_position(index));
         over = co_await finished_in_time(false);
@@ -144,6 +150,7 @@ Task<bool> VduseExport::queue_state(uint32_t index, vduse_dev_response* response
                   over ? outcome_.error().message() : "requests do not end");
         co_return false;
     }
+    if (refusing && index < positions_.size()) position_ = positions_[index].value_or(position_);
     response->vq_state.index = index;
     if (blk_->chosen_features() & virtio::kRingPacked) {
         response->vq_state.packed = packed_state(position_);
@@ -157,7 +164,7 @@ Task<bool> VduseExport::update_memory() {
     if (refusal_) {
         // They begin again when they are found in the new memory.
         positions_ = co_await refusal_->stop();
-        refusal_->start(blk_->chosen_features(), positions_);
+        refusal_->start(blk_->chosen_features(), positions_, record_->file());
         co_return true;
     }
     bool over = true;
@@ -209,11 +216,11 @@ Task<void> VduseExport::find_position(uint32_t index) {
     }
 }
 
-/// Whether what begin() was given is done before the kernel loses its patience.
+/// Whether what begin() was given is done before the kernel loses its patience with the message that arrived last.
 Task<bool> VduseExport::finished_in_time(bool cancel) {
     if (!busy_) co_return true;
     const std::chrono::nanoseconds patience = kernel_.patience(options_.name);
-    const auto begun = Clock::now();
+    const auto begun = arrived_;
     const auto deadline = patience.count() == 0 ? Clock::time_point::max() : begun + patience * 3 / 4;
     auto cancel_at = patience.count() == 0 ? begun + std::chrono::seconds(5) : begun + patience / 4;
     if (!cancel) cancel_at = Clock::time_point::max();

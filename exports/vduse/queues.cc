@@ -182,7 +182,6 @@ Task<Result<>> Queues::start_one(uint32_t index, Begin begin, bool must_be_idle,
     q.shape = found->shape;
     q.started = true;
     virtio::Virtqueue& queue = *q.queue;
-    owed_->flags[index] = false;
     auto call = std::make_unique<Interrupt>(device_, index, Loop::current(), owed_);
     if (begin == Begin::kFresh) {
         co_await run_on(queue.loop(), queue.set_call(std::move(call)));
@@ -214,6 +213,7 @@ Task<Result<>> Queues::start(uint64_t features, Begin begin) {
     file_ = begin == Begin::kTakeOver ? record_.inherit(packed) : nullptr;
     const bool must_be_idle = begin == Begin::kTakeOver && !file_;
     if (!file_) file_ = record_.begin(packed);
+    for (auto& owed : owed_->flags) owed = false;
     for (uint32_t i = 0; i < queues_.size(); ++i) {
         Result<> started = co_await start_one(i, begin, must_be_idle, std::nullopt);
         if (started) continue;

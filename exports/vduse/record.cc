@@ -8,8 +8,14 @@
 
 namespace gantry::vduse {
 
+namespace {
+
+constexpr std::string_view kNamePrefix = "vduse-";
+
+}  // namespace
+
 Record::Record(exports::Keeper* keeper, const std::string& export_id, uint16_t queues, uint16_t queue_size)
-    : keeper_(keeper), name_("vduse-" + export_id), queues_(queues), queue_size_(queue_size) {}
+    : keeper_(keeper), name_(std::string(kNamePrefix) + export_id), queues_(queues), queue_size_(queue_size) {}
 
 std::shared_ptr<virtio::InflightFile> Record::inherit(bool packed) {
     if (!keeper_) return nullptr;
@@ -66,6 +72,17 @@ void Record::drop() {
     }
     file_.reset();
     inherited_ = false;
+}
+
+void give_up_records(exports::Keeper& keeper, Kernel& kernel) {
+    std::vector<std::string> names = keeper.waiting();
+    std::erase_if(names, [](const std::string& name) { return !name.starts_with(kNamePrefix); });
+    if (names.empty() || kernel.any_left()) return;
+    for (const std::string& name : names) {
+        log::info("'{}' of the process before this one is not wanted any more", name);
+        keeper.take(name).clear();
+        keeper.drop(name);
+    }
 }
 
 }  // namespace gantry::vduse

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "exports/keeper.h"
+#include "exports/vduse/kernel.h"
 #include "exports/virtio/inflight.h"
 
 namespace gantry::vduse {
@@ -21,6 +22,8 @@ class Record {
     std::shared_ptr<virtio::InflightFile> inherit(bool packed);
     /// An empty one, for rings that begin. Null, with why_not(), when nobody keeps it.
     std::shared_ptr<virtio::InflightFile> begin(bool packed);
+    /// Of the rings that run, or ran last; null: nobody keeps it.
+    const std::shared_ptr<virtio::InflightFile>& file() const { return file_; }
     const std::string& why_not() const { return why_not_; }
     /// The device is gone, or begins anew: nothing is kept any more.
     void drop();
@@ -35,5 +38,9 @@ class Record {
     std::string why_not_;
     bool inherited_ = false;
 };
+
+/// What the process before this one has left and no export has taken is kept no longer, unless a driver still waits for
+/// somebody to go on with its device.
+void give_up_records(exports::Keeper& keeper, Kernel& kernel = Kernel::running());
 
 }  // namespace gantry::vduse

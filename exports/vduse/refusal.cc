@@ -22,16 +22,23 @@ Refusal::Refusal(Device& device, const virtio::BlkService& service)
 
 Refusal::~Refusal() { CHECK(lines_.empty(), "a refusal is stopped before it is destroyed"); }
 
-void Refusal::start(uint64_t features, const Positions& positions) {
+void Refusal::start(uint64_t features, Positions positions, const std::shared_ptr<virtio::InflightFile>& file) {
     stopping_ = false;
-    count_ = positions.size();
-    for (uint32_t i = 0; i < positions.size(); ++i) {
-        if (!positions[i]) continue;
+    positions_ = std::move(positions);
+    for (uint32_t i = 0; i < positions_.size(); ++i) {
+        if (!positions_[i]) continue;
         auto line = std::make_unique<Line>();
         line->index = i;
         auto found = find_ring(device_, iotlb_, i, features, service_.device().shape().queue_size);
         if (!found || !*found) continue;
-        auto ring = virtio::Ring::create((*found)->shape, (*found)->place, *positions[i], nullptr);
+        std::unique_ptr<virtio::Inflight> inflight;
+        if (file) {
+            inflight = std::make_unique<virtio::Inflight>();
+            inflight->region = file->region(i);
+            inflight->queue_size = file->queue_size();
+            inflight->file = file;
+        }
+        auto ring = virtio::Ring::create((*found)->shape, (*found)->place, *positions_[i], std::move(inflight));
         if (!ring) continue;
         line->ring = std::move(*ring);
         line->space = virtio::AddressSpace(iotlb_.memory(), &iotlb_);
@@ -84,14 +91,13 @@ Task<Positions> Refusal::stop() {
         if (line->polling) line->polling->cancel();
     }
     co_await scope_.join();
-    Positions positions(count_);
     for (const auto& line : lines_) {
-        positions[line->index] = line->ring->base();
+        positions_[line->index] = line->ring->base();
         [[maybe_unused]] const Result<> unset = device_.set_kick(line->index, -1);
     }
     lines_.clear();
     iotlb_.drop();
-    co_return positions;
+    co_return positions_;
 }
 
 }  // namespace gantry::vduse

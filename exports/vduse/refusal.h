@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "exports/vduse/queues.h"
+#include "exports/virtio/inflight.h"
 
 namespace gantry::vduse {
 
@@ -16,9 +17,9 @@ class Refusal {
     Refusal(Device& device, const virtio::BlkService& service);
     ~Refusal();
 
-    /// Goes on where queues ended.
-    void start(uint64_t features, const Positions& positions);
-    /// Returns where they are now.
+    /// Goes on where queues ended; null: nobody keeps where they are.
+    void start(uint64_t features, Positions positions, const std::shared_ptr<virtio::InflightFile>& file);
+    /// Returns where they are now, those too that were not found.
     Task<Positions> stop();
     uint64_t refused() const { return refused_; }
 
@@ -31,7 +32,7 @@ class Refusal {
     const virtio::BlkService& service_;
     Iotlb iotlb_;
     std::vector<std::unique_ptr<Line>> lines_;
-    size_t count_ = 0;
+    Positions positions_;  // at the start
     uint64_t refused_ = 0;
     bool stopping_ = false;
     TaskScope scope_;

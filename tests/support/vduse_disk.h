@@ -194,7 +194,11 @@ class HeldFiles final : public exports::Keeper {
         return fds;
     }
     std::vector<int> look(std::string_view) const override { return {}; }
-    std::vector<std::string> waiting() const override { return {}; }
+    std::vector<std::string> waiting() const override {
+        std::vector<std::string> names;
+        for (const auto& [name, fds] : left_) names.push_back(name);
+        return names;
+    }
     Leave leave() const override { return leaving; }
 
     /// For a process after a kill now: copies, which nobody else writes to any more.

@@ -336,6 +336,11 @@ bool VduseKernel::attached(const std::string& name) {
     return it != devices_.end() && it->second->attached;
 }
 
+bool VduseKernel::any_left() {
+    const std::lock_guard lock(mutex_);
+    return std::ranges::any_of(devices_, [](const auto& d) { return d.second->attached && !d.second->connected; });
+}
+
 int VduseKernel::attach(const std::string& name) {
     {
         const std::lock_guard lock(mutex_);

@@ -43,6 +43,7 @@ class VduseKernel final : public vduse::Kernel {
     bool attached(const std::string& name) override;
     std::chrono::milliseconds patience(const std::string&) override { return patience_; }
     std::string holder(const std::string&) override { return "process 4711 (somebody)"; }
+    bool any_left() override;
 
     /// The call of that kind after `skip` more fails with `error`, once.
     void fail(unsigned long what, int error, unsigned skip = 0);

@@ -180,6 +180,77 @@ TEST_CASE("vduse: hard removal of an attached device fails its requests until it
     CHECK(f.process.keeper.held() == 0);
 }
 
+TEST_CASE("vduse: where a device is whose requests are refused", "[vduse]") {
+    const bool packed = GENERATE(false, true);
+    CAPTURE(packed);
+    VduseFixture f;
+    VduseKernel& kernel = f.process.kernel;
+    REQUIRE(f.add() == "");
+    REQUIRE(f.drive([&] { return kernel.attach("vd0"); }) == 0);
+    VduseDisk disk(kernel, {.packed = packed});
+    REQUIRE(f.drive([&] { return disk.bring_up(); }) == 0);
+    REQUIRE(disk.submit(0, BlkType::kFlush, 0));
+    REQUIRE(f.reaped(disk, 0, 1));
+    REQUIRE(f.remove(RemoveMode::kHard) == "");
+    std::vector<VduseDisk::Done> done;
+    for (unsigned i = 0; i < 98; ++i) {
+        REQUIRE(disk.submit(0, BlkType::kFlush, 0));
+        REQUIRE(f.reaped(disk, 0, 1, &done));
+    }
+    CHECK(done.back().status == kIoError);
+    // Its rings may be gone for a while.
+    CHECK(f.drive([&] { return kernel.update({}); }) == 0);
+    CHECK(f.drive([&] { return kernel.update({}); }) == 0);
+    CHECK(f.drive([&] { return kernel.update(disk.maps()); }) == 0);
+    REQUIRE(disk.submit(0, BlkType::kFlush, 0));
+    REQUIRE(f.reaped(disk, 0, 1));
+    const auto state = f.drive([&] { return kernel.queue_state(0); });
+    REQUIRE(state);
+    CHECK((packed ? state->packed.last_avail_idx : state->split.avail_index) == (packed ? 100 % 64 : 100));
+    CHECK(kernel.any_left() == false);
+
+    // The process ends, and the next one goes on with the driver.
+    f.end(f.process);
+    CHECK(kernel.open_files() == 0);
+    CHECK(kernel.any_left());
+    VduseProcess next(*f.runtime.runtime, f.graph, true);
+    VduseDisk after(disk, next.kernel);
+    kernel.copy_to(next.kernel, after.maps());
+    f.process.keeper.copy_to(next.keeper);
+    vduse::give_up_records(next.keeper, next.kernel);
+    CHECK(next.keeper.held() == 1);
+    REQUIRE(f.add(next) == "");
+    done.clear();
+    REQUIRE(after.submit(0, BlkType::kFlush, 0));
+    REQUIRE(f.reaped(after, 0, 1, &done));
+    CHECK(done[0].status == kOk);
+    f.drive([&] { next.kernel.detach("vd0"); });
+    f.end(next);
+}
+
+TEST_CASE("vduse: what is kept of a device that nobody has any more is given up", "[vduse][once]") {
+    VduseKernel kernel;
+    HeldFiles before, keeper;
+    {
+        vduse::Record record(&before, "e", 1, 64);
+        REQUIRE(record.begin(false));
+    }
+    before.copy_to(keeper);
+    REQUIRE(keeper.held() == 1);
+    kernel.close(foreign_device(kernel, 1));
+    SECTION("not while a driver waits") {
+        kernel.set_patience(50ms);
+        (void)kernel.attach("vd0");
+        vduse::give_up_records(keeper, kernel);
+        CHECK(keeper.held() == 1);
+    }
+    SECTION("else at once") {
+        vduse::give_up_records(keeper, kernel);
+        CHECK(keeper.held() == 0);
+        CHECK(keeper.waiting().empty());
+    }
+}
+
 TEST_CASE("vduse: a name that somebody has", "[vduse][once]") {
     VduseFixture f;
     VduseKernel& kernel = f.process.kernel;
@@ -401,7 +472,8 @@ TEST_CASE("vduse: a message that was read and not answered comes again", "[vduse
                                                .config = config});
     REQUIRE(made);
     vduse::Device& device = **made;
-    std::thread driver([&] { CHECK(kernel.set_status(1) == 0); });
+    int noted = -1;
+    std::thread driver([&] { noted = kernel.set_status(1); });
     const auto next = [&device] {
         for (const auto deadline = Clock::now() + 10s; Clock::now() < deadline;) {
             auto message = device.next_message();
@@ -426,6 +498,7 @@ TEST_CASE("vduse: a message that was read and not answered comes again", "[vduse
     response.request_id = (*again)->request_id;
     CHECK(device.answer(response));
     driver.join();
+    CHECK(noted == 0);
     CHECK(device.answer(response));  // nobody waits any more
     CHECK(device.destroy().error().kind() == ErrorKind::kBusy);
     device.close();
