@@ -130,8 +130,8 @@ class Virtqueue {
     std::vector<Slot*> free_;
     std::vector<Slot*> finished_;  // not published yet
     std::vector<Used> used_;
-    size_t in_flight_ = 0;      // taken and not published
-    uint32_t lone_rounds_ = 0;  // in a row, that brought one request
+    size_t in_flight_ = 0;   // taken and not published
+    bool answered_ = false;  // since it last waited
 };
 
 }  // namespace gantry::virtio
