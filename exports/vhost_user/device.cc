@@ -23,6 +23,11 @@ Device::Device(std::string id, block::Root& root, std::vector<Loop*> loops, virt
 
 Device::~Device() = default;
 
+Task<Result<>> Device::flush() {
+    block::Channel* channel = co_await root_.channel(main_loop_);
+    co_return co_await channel->flush();
+}
+
 Task<virtio::Virtqueue*> Device::queue(size_t index) {
     CHECK(index < queues_.size(), "the index of a queue is checked where it comes in");
     Slot& slot = queues_[index];

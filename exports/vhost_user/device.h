@@ -28,6 +28,8 @@ class Device {
     /// Queues that a front end may use, whatever the configuration says: front ends want one for each of their CPUs.
     size_t queue_limit() const { return queues_.size(); }
 
+    /// What was answered is stable afterwards.
+    Task<Result<>> flush();
     /// Made on first use.
     Task<virtio::Virtqueue*> queue(size_t index);
     /// Null when nobody has used it.

@@ -153,7 +153,7 @@ Task<Session::Answer> Session::handle(Message message) {
             done = set_backend_channel(std::move(message));
             break;
         case Request::kSetConfig:
-            done = set_config(message);
+            done = co_await set_config(std::move(message));
             break;
         case Request::kSetInflightFd:
             done = set_inflight(std::move(message));

@@ -84,7 +84,8 @@ class Session {
 
     // session_config.cc: configuration space, back-end channel
     Reply get_config(const Message& message) const;
-    Result<> set_config(const Message& message);
+    Task<Result<>> set_config(Message message);
+    Task<void> settle_queues();
     Result<> set_backend_channel(Message message);
 
     // session_memory.cc: regions

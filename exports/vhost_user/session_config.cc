@@ -6,6 +6,7 @@
 #include <cerrno>
 
 #include "exports/vhost_user/session.h"
+#include "runtime/cross_loop.h"
 #include "runtime/log.h"
 #include "runtime/socket.h"
 
@@ -28,13 +29,28 @@ Session::Reply Session::get_config(const Message& message) const {
     return out;
 }
 
-Result<> Session::set_config(const Message& message) {
+Task<Result<>> Session::set_config(Message message) {
     const auto range = message.as<ConfigRange>();
-    if (range.flags > 1) return fail(ErrorKind::kInvalid, "flags {:#x} are not known", range.flags);
-    CHECK_OK(device_.blk().write_config(range.offset, std::span(message.payload).subspan(sizeof range)));
+    if (range.flags > 1) co_return fail(ErrorKind::kInvalid, "flags {:#x} are not known", range.flags);
+    virtio::BlkDevice& blk = device_.blk();
+    const bool cached = blk.write_cache();
+    CO_CHECK(blk.write_config(range.offset, std::span(message.payload).subspan(sizeof range)));
     config_written_ = true;
     note_write_cache();
-    return {};
+    if (!cached || blk.write_cache()) co_return Result<>();
+    // The driver flushes no more from the reply on: what it was told before is stable by then.
+    co_await settle_queues();
+    co_return co_await device_.flush();
+}
+
+/// What was taken before is answered.
+Task<void> Session::settle_queues() {
+    for (size_t i = 0; i < rings_.size(); ++i) {
+        if (!rings_[i].running) continue;
+        virtio::Virtqueue* queue = device_.made_queue(i);
+        co_await run_on(queue->loop(), queue->pause());
+        co_await run_on(queue->loop(), queue->resume());
+    }
 }
 
 Result<> Session::set_backend_channel(Message message) {

@@ -318,6 +318,26 @@ TEST_CASE("vhost-user session: the configuration space", "[vhost-user]") {
     CHECK(f.front->tell(Request::kSetConfig, wire(ConfigRange{32, 1, 7}, uint8_t{1})) == false);
 }
 
+TEST_CASE("vhost-user session: what was answered before the write cache is off is stable afterwards", "[vhost-user]") {
+    Fixture f;
+    Guest guest;
+    VhostRing ring(guest, Fixture::shape(false), 0);
+    REQUIRE(f.start(guest, ring) == "");
+    const VhostRequest write = submit_request(guest, ring, 1, 8, 4096, 'x');
+    CHECK(f.status_of(guest, ring, write) == 0);
+    const auto flushes = [&] { return f.disk->count(test::MemoryDisk::Op::kFlush); };
+    CHECK(flushes() == 0);
+    CHECK(f.front->tell(Request::kSetConfig, wire(ConfigRange{32, 1, 0}, uint8_t{0})) == true);
+    CHECK(flushes() == 1);
+    // Off already, and on again.
+    CHECK(f.front->tell(Request::kSetConfig, wire(ConfigRange{32, 1, 0}, uint8_t{0})) == true);
+    CHECK(f.front->tell(Request::kSetConfig, wire(ConfigRange{32, 1, 0}, uint8_t{1})) == true);
+    CHECK(flushes() == 1);
+    const VhostRequest read = submit_request(guest, ring, 0, 8, 512);
+    CHECK(f.status_of(guest, ring, read) == 0);
+    f.stop(ring);
+}
+
 TEST_CASE("vhost-user session: a write cache that was switched off stays so until the driver begins anew",
           "[vhost-user]") {
     Fixture f;
