@@ -1,6 +1,7 @@
 #include "fuse/classic.h"
 
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -36,10 +37,14 @@ constexpr std::chrono::nanoseconds kNextRequest{20'000};
 }  // namespace
 
 struct ClassicQueue::Slot {
+    /// All of it is there before anything is read into it: when the process is killed while the kernel waits for a page
+    /// of ours, the kernel answers the request with EIO instead of keeping it for the next process.
+    Slot() { (void)::madvise(room.data(), room.size(), MADV_POPULATE_WRITE); }
+
     Call call;
     Buffer room = Buffer::alloc(kMaxWrite);
     OutHeader out;
-    alignas(8) uint8_t head[sizeof(InHeader) + kMaxArgs];
+    alignas(8) uint8_t head[sizeof(InHeader) + kMaxArgs] = {};
 };
 
 void ClassicQueues::call_another() {
