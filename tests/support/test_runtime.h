@@ -67,7 +67,7 @@ struct TestRuntime {
 /// Waits (on the current loop, turn by turn) until `condition` holds; false when `limit` passed first. For state that
 /// another party changes without an event to wait for.
 inline Task<bool> wait_until(std::function<bool()> condition,
-                             std::chrono::milliseconds limit = std::chrono::seconds(10)) {
+                             std::chrono::milliseconds limit = std::chrono::seconds(30)) {
     const auto deadline = Clock::now() + limit;
     while (!condition()) {
         if (Clock::now() >= deadline) co_return false;

@@ -296,6 +296,16 @@ struct VduseFixture {
         });
     }
 
+    /// One flush after the other, until the first that is refused: a removal takes effect while requests come.
+    bool refused(VduseDisk& disk, uint32_t q, std::vector<VduseDisk::Done>& all) {
+        const auto deadline = Clock::now() + std::chrono::seconds(30);
+        while (disk.submit(q, virtio::BlkType::kFlush, 0) && reaped(disk, q, 1, &all)) {
+            if (all.back().status != 0) return true;
+            if (Clock::now() >= deadline) return false;
+        }
+        return false;
+    }
+
     static constexpr uint64_t kBytes = 4 << 20;
     TestRuntime runtime;
     std::array<block::Driver, 1> drivers{kExportDiskDriver};
