@@ -213,41 +213,53 @@ Task<void> Virtqueue::watch_kicks() {
     }
 }
 
-/// Takes what there is, up to a turn's share; true when there may be more.
+/// The next request of the ring, understood; null when there is none.
+Virtqueue::Slot* Virtqueue::take() {
+    if (!may_take()) return nullptr;
+    Slot* slot = take_slot();
+    BlkRequest& request = slot->request;
+    if (ring_->take(request.chain, space_) != Take::kChain) {
+        free_.push_back(slot);
+        return nullptr;
+    }
+    ++in_flight_;
+    if (listening_) {
+        listening_ = false;
+        ring_->quiet();
+    }
+    if (const char* fault = service_.begin(request)) [[unlikely]] {
+        ring_->break_off(fault);
+        free_.push_back(slot);
+        forget();
+        return nullptr;
+    }
+    channel_.expect(request.offset);
+    return slot;
+}
+
+/// Takes what there is, up to a turn's share; true when there may be more. Each is taken before the one ahead of it is
+/// answered, so that what it needs is on its way into the CPU's cache.
 bool Virtqueue::serve() {
     unsigned taken = 0;
     uint64_t bytes = 0, unpublished = 0;
-    while (may_take()) {
-        if (taken == kTurnRequests || bytes >= kTurnBytes) return true;
-        Slot* slot = take_slot();
+    for (Slot* slot = take(); slot;) {
         BlkRequest& request = slot->request;
-        if (const Take take = ring_->take(request.chain, space_); take != Take::kChain) {
-            free_.push_back(slot);
-            break;
-        }
         ++taken;
-        ++in_flight_;
-        if (listening_) {
-            listening_ = false;
-            ring_->quiet();
-        }
-        if (const char* fault = service_.begin(request)) [[unlikely]] {
-            ring_->break_off(fault);
-            free_.push_back(slot);
-            forget();
-            break;
-        }
         bytes += request.data.bytes;
-        if (!service_.try_answer(request, channel_)) {
+        const bool turn_over = taken == kTurnRequests || bytes >= kTurnBytes;
+        Slot* next = turn_over ? nullptr : take();
+        if (service_.try_answer(request, channel_)) {
+            finished_.push_back(slot);
+            unpublished += request.data.bytes;
+        } else {
             scope_.spawn(answer_later(slot));
-            continue;
         }
-        finished_.push_back(slot);
-        unpublished += request.data.bytes;
         if (finished_.size() >= kPublishEvery || unpublished >= kPublishBytes) {
             publish();
             unpublished = 0;
         }
+        if (turn_over) return true;
+        slot = next;
     }
     return false;
 }

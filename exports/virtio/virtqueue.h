@@ -88,6 +88,7 @@ class Virtqueue {
     Task<void> run();
     Task<void> watch_kicks();
     Task<void> answer_later(Slot* slot);
+    Slot* take();
     bool serve();
     bool may_take() const;
     Task<void> wake_when_resumed();
