@@ -241,10 +241,7 @@ bool Session::any_running() const {
 }
 
 void Session::queue_broke(size_t index) {
-    const RingState& r = rings_[index];
-    if (!r.error) return;
-    auto copy = duplicate(r.error);
-    if (copy) virtio::EventCall(std::move(*copy)).signal();
+    if (rings_[index].error) virtio::raise_eventfd(rings_[index].error.get());
 }
 
 }  // namespace gantry::vhost_user

@@ -2,6 +2,9 @@
 
 #pragma once
 
+#include <utility>
+
+#include "exports/virtio/shared_eventfd.h"
 #include "runtime/unique_fd.h"
 
 namespace gantry::virtio {
@@ -14,17 +17,14 @@ class Call {
     virtual void signal() = 0;
 };
 
-/// By an eventfd, which is made non-blocking.
+/// By an eventfd, which others may have, too.
 class EventCall final : public Call {
   public:
-    explicit EventCall(UniqueFd fd);
-    void signal() override;
+    explicit EventCall(UniqueFd fd) : fd_(std::move(fd)) {}
+    void signal() override { raise_eventfd(fd_.get()); }
 
   private:
     UniqueFd fd_;
 };
-
-/// Descriptors from outside that claim to be eventfds: others could block us. Any thread.
-bool is_eventfd(int fd);
 
 }  // namespace gantry::virtio

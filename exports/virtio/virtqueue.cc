@@ -2,10 +2,9 @@
 
 #include <fmt/format.h>
 #include <poll.h>
-#include <unistd.h>
 
+#include "exports/virtio/shared_eventfd.h"
 #include "runtime/check.h"
-#include "runtime/socket.h"
 #include "runtime/timer.h"
 
 namespace gantry::virtio {
@@ -48,7 +47,6 @@ Task<void> Virtqueue::start(QueueStart start) {
     space_ = AddressSpace(std::move(start.memory), start.source);
     kick_ = std::move(start.kick);
     log_ = std::move(start.log);
-    if (kick_) (void)set_nonblocking(kick_.get());
     stopping_ = listening_ = fault_reported_ = false;
     answered_ = false;
     ring_->quiet();
@@ -200,11 +198,9 @@ Task<void> Virtqueue::watch_kicks() {
         const int events = co_await poll;
         polling_ = nullptr;
         if (stopping_) break;
-        uint64_t count;
-        if (events < 0 || (::read(kick_.get(), &count, sizeof count) < 0 && errno != EAGAIN && errno != EINTR)) {
-            if (events == -EINTR) continue;
-            ring_->break_off(
-                fmt::format("its kick cannot be waited for: {}", errno_text(events < 0 ? -events : errno)));
+        if (events == -EINTR) continue;
+        if (const int error = events < 0 ? events : take_eventfd(kick_.get()); error != 0) {
+            ring_->break_off(fmt::format("its kick cannot be waited for: {}", errno_text(-error)));
             wake();
             break;
         }

@@ -3,6 +3,7 @@
 front end of the same export go on.
 """
 
+import contextlib
 import os
 import pathlib
 import random
@@ -258,6 +259,62 @@ class Packed(Hostile):
                         True)
         with self.subTest("not agreed on"):
             self.attack(self.put(lambda disk: (*self.good_table(disk), INDIRECT)), True, indirect=False)
+        self.next_works()
+
+
+class Eventfds(Hostile):
+    """Both ends have the flags of a shared eventfd: without O_NONBLOCK a read or a write of the daemon's would wait for the front end."""
+
+    def setUp(self):
+        VhostCase.setUp(self)
+        require_gantry("the reference waits")
+        # One thread for all of them.
+        self.server = self.daemon("--object", "iothread,id=one", *self.node_option(), *self.export_option(iothread="one"),
+                                  *self.export_option("other", node="disk", writable=False, iothread="one"))
+        self.bystander = self.disk("other")
+
+    def others_go_on(self):
+        self.bystander.finish(self.bystander.submit(IN, room=4096), deadline=5)
+        self.server.qmp.cmd("query-vhost-user-exports")
+
+    def fill(self, fd):
+        os.set_blocking(fd, False)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(fd)
+        os.eventfd_write(fd, (1 << 64) - 2)
+        os.set_blocking(fd, True)
+
+    def test_a_call_that_is_full(self):
+        disk = self.disk()
+        for _ in range(3):
+            self.fill(disk.queues[0].call)
+            request = disk.submit(IN, room=4096)
+            self.others_go_on()
+            disk.finish(request)
+        self.next_works()
+
+    def test_an_error_eventfd_that_is_full(self):
+        disk = self.disk()
+        self.fill(disk.queues[0].err)
+        disk.queues[0].ring.offer(999)
+        disk.queues[0].publish(always=True)
+        wait_for(lambda: self.server.qmp.cmd("query-vhost-user-exports")[-1]["front-end"]["queues"][0].get("broken"), "the queue to break")
+        self.others_go_on()
+
+    def test_a_kick_that_is_taken_back(self):
+        disk = self.disk()
+        kick, count = disk.queues[0].kick, bytearray(8)
+        os.set_blocking(kick, True)
+        rng = random.Random(41)
+        for turn in range(2000):
+            os.eventfd_write(kick, 1)
+            for _ in range(rng.randrange(60)):
+                pass
+            with contextlib.suppress(BlockingIOError):
+                os.preadv(kick, [count], -1, os.RWF_NOWAIT)
+            if turn % 20 == 0:
+                self.others_go_on()
+        disk.close()
         self.next_works()
 
 

@@ -10,7 +10,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "exports/virtio/call.h"
+#include "exports/virtio/shared_eventfd.h"
 
 namespace gantry::test {
 
