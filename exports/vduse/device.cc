@@ -105,21 +105,31 @@ Result<std::unique_ptr<Device>> Device::create(Kernel& kernel, const DeviceShape
     CHECK_OK(check_name(shape.name));
     auto device = std::make_unique<Device>(kernel, shape.name);
     CHECK_OK(device->make(shape));
+    if (device->taken_over_) return device;
+    if (Result<> described = device->set_up_queues(shape); !described) {
+        device->close();
+        if (const Result<> gone = device->destroy(); !gone) log::warn("{}", gone.error().message());
+        return std::unexpected(std::move(described).error());
+    }
+    return device;
+}
+
+Result<> Device::set_up_queues(const DeviceShape& shape) const {
     for (uint32_t i = 0; i < shape.queues; ++i) {
         vduse_vq_config queue{};
         queue.index = i;
         queue.max_size = shape.queue_size;
-        const int result = device->file_.ioctl(VDUSE_VQ_SETUP, &queue);
-        if (result >= 0) continue;
-        Error error = Error::from_errno(
-            -result, fmt::format("{}; queue {} of device '{}' cannot be set up", kNotCreated, i, shape.name));
-        device->close();
-        if (!device->taken_over_) {
-            if (const Result<> gone = device->destroy(); !gone) log::warn("{}", gone.error().message());
-        }
-        return std::unexpected(std::move(error));
+        if (const int result = file_.ioctl(VDUSE_VQ_SETUP, &queue); result < 0)
+            return fail_errno(-result, "{}; queue {} of device '{}' cannot be set up", kNotCreated, i, name_);
     }
-    return device;
+    return {};
+}
+
+Result<> Device::describe(const DeviceShape& shape) const {
+    CHECK_OK(set_up_queues(shape));
+    if (Result<> set = set_config(0, shape.config); !set)
+        return fail(set.error().kind(), "{}; {}", kNotCreated, set.error().message());
+    return {};
 }
 
 Result<> Device::make(const DeviceShape& shape) {
@@ -168,7 +178,7 @@ Result<> Device::adopt(const DeviceShape& shape) {
     file_ = KernelFile(kernel_, fd);
     taken_over_ = true;
     Result<> fits = check_queue_count(shape.queues);
-    if (fits) fits = set_config(0, shape.config);
+    if (fits) fits = check_config_size(shape);
     if (fits) return {};
     close();
     return fail(fits.error().kind(),
@@ -188,6 +198,13 @@ Result<> Device::check_queue_count(uint32_t queues) const {
     if (file_.ioctl(VDUSE_VQ_GET_INFO, &beyond) >= 0)
         return fail(ErrorKind::kInvalid, "it has more than {} queue(s)", queues);
     return {};
+}
+
+/// The kernel tells by refusing more than there is. What is said here says nothing: the last field of the configuration
+/// is for devices with zones, which none of ours is.
+Result<> Device::check_config_size(const DeviceShape& shape) const {
+    const size_t last = shape.config.size() - 1;
+    return set_config(static_cast<uint32_t>(last), shape.config.subspan(last));
 }
 
 Result<uint64_t> Device::features() const {

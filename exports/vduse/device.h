@@ -45,7 +45,7 @@ class Device {
     static Result<> check_name(const std::string& name);
     /// Makes it. One of that name that nobody serves is taken over when it is attached to the vDPA bus, and made anew
     /// when it is not. kUnsupported without VDUSE, kPermission, kBusy when somebody else serves it. On failure nothing
-    /// is left that was not there before.
+    /// is left that was not there before. One that is taken over is as it was: describe() changes it.
     static Result<std::unique_ptr<Device>> create(Kernel& kernel, const DeviceShape& shape);
     Device(Kernel& kernel, std::string name) : kernel_(kernel), name_(std::move(name)) {}
 
@@ -53,6 +53,8 @@ class Device {
     Kernel& kernel() const { return kernel_; }
     /// It was there before.
     bool taken_over() const { return taken_over_; }
+    /// Tells the kernel the size of the queues and the configuration. Drivers read the latter when they are told to.
+    Result<> describe(const DeviceShape& shape) const;
     /// For polling; -1 when it is closed.
     int fd() const { return file_.fd(); }
     /// Messages that were read and not answered go to whoever opens it next.
@@ -83,7 +85,9 @@ class Device {
     static Result<KernelFile> open_control(Kernel& kernel);
     Result<> make(const DeviceShape& shape);
     Result<> adopt(const DeviceShape& shape);
+    Result<> set_up_queues(const DeviceShape& shape) const;
     Result<> check_queue_count(uint32_t queues) const;
+    Result<> check_config_size(const DeviceShape& shape) const;
     Result<> destroy_by(const KernelFile& control) const;
     Error in_use() const;
 

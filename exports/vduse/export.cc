@@ -102,16 +102,19 @@ Task<Result<>> VduseExport::start() {
     blk_ = std::make_unique<virtio::BlkDevice>(shape(), root().node().size());
     service_ = std::make_unique<virtio::BlkService>(*blk_);
     const virtio::BlkDevice::Config config = blk_->config();
-    CO_TRY(device_, Device::create(kernel_, {.name = options_.name,
-                                             .features = offered(),
-                                             .queues = options_.queues,
-                                             .queue_size = options_.queue_size,
-                                             .config = config}));
+    const DeviceShape described{.name = options_.name,
+                                .features = offered(),
+                                .queues = options_.queues,
+                                .queue_size = options_.queue_size,
+                                .config = config};
+    CO_TRY(device_, Device::create(kernel_, described));
     record_ = std::make_unique<Record>(context_.keeper, id(), options_.queues, options_.queue_size);
     queues_ = std::make_unique<Queues>(*device_, *record_, *service_, root(), context_.loops, user());
     if (device_->taken_over()) {
-        Result<> going = co_await go_on();
+        Result<> going = co_await go_on(described);
         if (!going) {
+            if (queues_->running()) [[maybe_unused]]
+                const Positions positions = co_await queues_->stop();
             co_await queues_->join();
             queues_.reset();
             device_->close();
@@ -120,6 +123,7 @@ Task<Result<>> VduseExport::start() {
     } else {
         // Of another device of this name, which is gone.
         record_->drop();
+        begun_anew_ = true;
     }
     scope_.spawn(serve_messages());
     if (device_->taken_over()) {
@@ -132,14 +136,15 @@ Task<Result<>> VduseExport::start() {
     co_return Result<>();
 }
 
-/// A device that is attached: if a driver uses it, its requests are waiting.
-Task<Result<>> VduseExport::go_on() {
-    // The driver learns of a size that is another one now, and we learn whether there is a driver.
+/// A device that is attached: if a driver uses it, its requests are waiting. The driver learns of what is other than
+/// before, such as the size, when nothing can be refused any more.
+Task<Result<>> VduseExport::go_on(DeviceShape described) {
+    // It reads again what it knows, and we learn whether there is one.
     CO_TRY(const bool told, device_->inject_config_irq());
-    if (!told) co_return Result<>();
+    if (!told) co_return device_->describe(described);
     CO_TRY(const uint64_t features, device_->features());
     // Kernels that do not tell: no driver has chosen anything.
-    if (features == 0) co_return Result<>();
+    if (features == 0) co_return device_->describe(described);
     Result<> chosen = blk_->check_features(features, virtio::kAccessPlatform);
     if (chosen && (features & virtio::kBlkConfigWce)) chosen = fail(ErrorKind::kInvalid, "it can set the write cache");
     if (!chosen) {
@@ -157,6 +162,8 @@ Task<Result<>> VduseExport::go_on() {
                        "process, and cannot be taken over: {}; 'vdpa dev del {}' detaches it",
                        options_.name, started.error().message(), options_.name);
     }
+    CO_CHECK(device_->describe(described));
+    [[maybe_unused]] const Result<bool> injected = device_->inject_config_irq();
     status_ = kDriverOk;
     co_return Result<>();
 }

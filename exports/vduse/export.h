@@ -59,7 +59,7 @@ class VduseExport final : public exports::Export {
   private:
     virtio::BlkShape shape() const;
     uint64_t offered() const;
-    Task<Result<>> go_on();
+    Task<Result<>> go_on(DeviceShape described);
     Task<void> remove_device();
     /// Whether the end of this export leaves the device to a process after this one.
     bool leaves() const;
@@ -95,6 +95,7 @@ class VduseExport final : public exports::Export {
     uint8_t status_ = 0;                // as the driver has set it last
     bool broken_ = false;               // the kernel has given it up
     bool removing_ = false;
+    bool begun_anew_ = false;  // no driver's start of before this process can be under way
     bool messages_end_ = false;
     CancellableIo* polling_ = nullptr;
 

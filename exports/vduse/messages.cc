@@ -110,7 +110,7 @@ Task<bool> VduseExport::driver_ok() {
             co_return false;
         }
     }
-    begin(start_queues(Begin::kFresh));
+    begin(start_queues(begun_anew_ ? Begin::kFresh : Begin::kAgain));
     const bool over = co_await finished_in_time(false);
     if (over && !outcome_) log::error("export '{}': {}", id(), outcome_.error().message());
     co_return over&& outcome_.has_value();
@@ -130,6 +130,8 @@ Task<bool> VduseExport::reset() {
         co_return false;
     }
     blk_->choose_features(0);
+    record_->forget();
+    begun_anew_ = true;
     co_return true;
 }
 

@@ -5,6 +5,9 @@
 #include <atomic>
 #include <bit>
 
+#include "exports/virtio/chain_reader.h"
+#include "exports/virtio/packed_inflight.h"
+#include "exports/virtio/shared.h"
 #include "runtime/cross_loop.h"
 #include "runtime/log.h"
 
@@ -17,18 +20,26 @@ namespace {
 /// An index in the driver's memory, read once.
 uint16_t index_at(const std::byte* area) {
     static_assert(std::endian::native == std::endian::little);
-    return __atomic_load_n(reinterpret_cast<const uint16_t*>(area + 2), __ATOMIC_ACQUIRE);
+    return virtio::load<uint16_t>(area + 2, std::memory_order_acquire);
 }
 
-/// Where to go on with a ring whose server is gone and has left no record. Only what nothing is in flight on shows
+/// Where to go on with a ring that somebody has served and left no record of. Only what nothing is in flight on shows
 /// that by itself.
-Result<uint32_t> place_of_idle(const FoundRing& ring) {
-    if (!ring.shape.packed) {
-        const uint16_t used = index_at(ring.place.device);
-        if (index_at(ring.place.driver) == used) return used;
-    }
-    return fail(ErrorKind::kBusy,
-                "requests may be in flight that a process before this one has taken, and nobody has kept which");
+std::optional<uint32_t> place_of_idle(const FoundRing& ring) {
+    if (ring.shape.packed) return std::nullopt;
+    const uint16_t used = index_at(ring.place.device);
+    if (index_at(ring.place.driver) != used) return std::nullopt;
+    return used;
+}
+
+/// Whether nobody has answered anything on a ring that begins at `ring.base`.
+bool is_untouched(const FoundRing& ring) {
+    if (!ring.shape.packed) return index_at(ring.place.device) == static_cast<uint16_t>(ring.base);
+    const uint32_t slot = ring.base >> 16 & 0x7fff;
+    if (slot >= ring.shape.size) return true;  // Ring::create refuses it
+    const auto flags = virtio::load<uint16_t>(ring.place.descriptors + virtio::kDescBytes * slot + 14);
+    const bool wrap = ring.base >> 31 != 0;
+    return ((flags & virtio::kPackedUsed) != 0) != wrap || ((flags & virtio::kPackedAvail) != 0) != wrap;
 }
 
 }  // namespace
@@ -150,15 +161,28 @@ Task<Result<>> Queues::make_queue(uint32_t index) {
     co_return Result<>();
 }
 
-Task<Result<>> Queues::start_one(uint32_t index, Begin begin, bool must_be_idle, std::optional<uint32_t> base) {
+/// Sets `ring.base`, which counts where nothing is noted of the queue. False: it is not to be started.
+Result<bool> Queues::find_place(uint32_t index, Begin begin, FoundRing& ring) const {
+    if (begin == Begin::kFresh || (file_ && file_->in_use(index))) return true;
+    if (begin == Begin::kAgain && (inherited_ || is_untouched(ring))) return true;
+    if (const auto idle = place_of_idle(ring)) {
+        ring.base = *idle;
+        return true;
+    }
+    // What the record knows no more was being reset, and that is asked for again.
+    if (begin == Begin::kTakeOver && inherited_) return false;
+    return fail(
+        ErrorKind::kBusy,
+        "queue {}: requests may be in flight that a process before this one has taken, and nobody has kept which",
+        index);
+}
+
+Task<Result<>> Queues::start_one(uint32_t index, Begin begin, std::optional<uint32_t> base) {
     CO_TRY(const auto found, find_ring(device_, iotlb_, index, features_, service_.device().shape().queue_size));
     if (!found) co_return Result<>();
     if (base) found->base = *base;
-    if (must_be_idle) {
-        auto idle = place_of_idle(*found);
-        if (!idle) co_return fail(idle.error().kind(), "queue {}: {}", index, idle.error().message());
-        found->base = *idle;
-    }
+    CO_TRY(const bool wanted, find_place(index, begin, *found));
+    if (!wanted) co_return Result<>();
     std::unique_ptr<virtio::Inflight> inflight;
     if (file_) {
         inflight = std::make_unique<virtio::Inflight>();
@@ -210,12 +234,12 @@ Task<Result<>> Queues::start(uint64_t features, Begin begin) {
     const bool packed = (features & virtio::kRingPacked) != 0;
     features_ = features;
     running_ = true;
-    file_ = begin == Begin::kTakeOver ? record_.inherit(packed) : nullptr;
-    const bool must_be_idle = begin == Begin::kTakeOver && !file_;
+    file_ = begin == Begin::kFresh ? nullptr : record_.inherit(packed);
+    inherited_ = file_ != nullptr;
     if (!file_) file_ = record_.begin(packed);
     for (auto& owed : owed_->flags) owed = false;
     for (uint32_t i = 0; i < queues_.size(); ++i) {
-        Result<> started = co_await start_one(i, begin, must_be_idle, std::nullopt);
+        Result<> started = co_await start_one(i, begin, std::nullopt);
         if (started) continue;
         co_await stop();
         co_return started;
@@ -245,7 +269,7 @@ Task<Result<uint32_t>> Queues::position(uint32_t index) {
         co_return info.base;
     }
     const uint32_t base = co_await stop_one(index);
-    CO_CHECK(co_await start_one(index, Begin::kFresh, false, base));
+    CO_CHECK(co_await start_one(index, Begin::kFresh, base));
     co_return base;
 }
 

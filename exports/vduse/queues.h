@@ -22,6 +22,7 @@ namespace gantry::vduse {
 /// How rings begin.
 enum class Begin : uint8_t {
     kFresh,     // where the driver says
+    kAgain,     // where the driver says, unless a process before this one has begun and was killed before its answer
     kTakeOver,  // in use since before this process: where the record says, or, without one, where nothing is in flight
 };
 
@@ -78,7 +79,8 @@ class Queues {
         bool started = false;
         std::string fault;
     };
-    Task<Result<>> start_one(uint32_t index, Begin begin, bool must_be_idle, std::optional<uint32_t> base);
+    Task<Result<>> start_one(uint32_t index, Begin begin, std::optional<uint32_t> base);
+    Result<bool> find_place(uint32_t index, Begin begin, FoundRing& ring) const;
     Task<uint32_t> stop_one(uint32_t index);
     Task<Result<>> make_queue(uint32_t index);
     Task<void> deliver_owed();
@@ -93,6 +95,7 @@ class Queues {
     Iotlb iotlb_;
     std::vector<Queue> queues_;
     std::shared_ptr<virtio::InflightFile> file_;
+    bool inherited_ = false;  // by a process before this one
     uint64_t features_ = 0;
     bool running_ = false;
     std::shared_ptr<Owed> owed_;

@@ -65,6 +65,11 @@ std::shared_ptr<virtio::InflightFile> Record::begin(bool packed) {
     return nullptr;
 }
 
+void Record::forget() {
+    if (!file_) return drop();
+    for (size_t i = 0; i < queues_; ++i) file_->forget(i);
+}
+
 void Record::drop() {
     if (keeper_) {
         keeper_->take(name_).clear();

@@ -25,7 +25,9 @@ class Record {
     /// Of the rings that run, or ran last; null: nobody keeps it.
     const std::shared_ptr<virtio::InflightFile>& file() const { return file_; }
     const std::string& why_not() const { return why_not_; }
-    /// The device is gone, or begins anew: nothing is kept any more.
+    /// The driver has reset the device, and nothing is in flight: what was noted means nothing any more.
+    void forget();
+    /// The device is gone: nothing is kept any more.
     void drop();
     bool inherited() const { return inherited_; }
     bool kept() const { return file_ != nullptr; }

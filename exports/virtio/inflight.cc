@@ -15,6 +15,8 @@ namespace gantry::virtio {
 namespace {
 
 constexpr uint64_t kRegionAlign = 64;
+/// Where both layouts have their version; 0: not set up.
+constexpr uint64_t kVersion = 8;
 
 uint64_t region_bytes(uint16_t queue_size, bool packed) {
     const uint64_t bytes = packed ? PackedInflight::kHeaderBytes + PackedInflight::kEntryBytes * queue_size
@@ -70,8 +72,12 @@ std::byte* InflightFile::region(size_t queue) const {
 }
 
 void InflightFile::forget(size_t queue) const {
-    // Both layouts have their version in the same place; 0: not set up.
-    if (std::byte* const at = region(queue)) store<uint16_t>(at + 8, 0, std::memory_order_release);
+    if (std::byte* const at = region(queue)) store<uint16_t>(at + kVersion, 0, std::memory_order_release);
+}
+
+bool InflightFile::in_use(size_t queue) const {
+    const std::byte* const at = region(queue);
+    return at && load<uint16_t>(at + kVersion) != 0;
 }
 
 }  // namespace gantry::virtio

@@ -32,6 +32,8 @@ class InflightFile {
     /// The driver has begun anew (a reset): what the region of its queue says means nothing any more. While no ring
     /// uses it.
     void forget(size_t queue) const;
+    /// Whether a ring has begun to use it (and nothing was forgotten since).
+    bool in_use(size_t queue) const;
     const std::shared_ptr<Mapping>& mapping() const { return mapping_; }
 
   private:

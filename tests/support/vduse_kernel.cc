@@ -278,14 +278,31 @@ ssize_t VduseKernel::write(int fd, const void* data, size_t size) {
     std::memcpy(&response, data, sizeof response);
     if (!all_zero(response.reserved)) return -EINVAL;
     Device& device = *devices_.at(it->second.name);
-    const auto found =
-        std::ranges::find(device.received, response.request_id, [](const Message* m) { return m->request.request_id; });
+    const auto found = std::ranges::find(device.received, response.request_id, number_of);
     if (found == device.received.end()) return -ENOENT;
+    const vduse_dev_request& request = (*found)->request;
+    if (delays_driver_ok && request.type == VDUSE_SET_STATUS && (request.s.status & kDriverOk)) {
+        delayed_ = response;
+    } else {
+        deliver(device, response);
+    }
+    return sizeof response;
+}
+
+void VduseKernel::deliver(Device& device, const vduse_dev_response& response) {
+    const auto found = std::ranges::find(device.received, response.request_id, number_of);
+    if (found == device.received.end()) throw std::logic_error("an answer that nobody waits for");
     (*found)->response = response;
     (*found)->completed = true;
     device.received.erase(found);
     answered_.notify_all();
-    return sizeof response;
+}
+
+void VduseKernel::release_answer() {
+    const std::lock_guard lock(mutex_);
+    if (!delayed_) throw std::logic_error("no answer was delayed");
+    deliver(only(), *delayed_);
+    delayed_.reset();
 }
 
 void VduseKernel::give_up(Device& device) {

@@ -52,6 +52,9 @@ class VduseKernel final : public vduse::Kernel {
     bool checks_driver_ok = true;
     /// The kernel notes DRIVER_OK only after it has refused an interrupt (or some seconds).
     bool notes_late = false;
+    /// The answer to DRIVER_OK is on its way until release_answer().
+    std::atomic<bool> delays_driver_ok = false;
+    void release_answer();
 
     // The administrator. `vdpa dev add`: -EINVAL unless every queue is set up. `vdpa dev del`: the driver resets it.
     int attach(const std::string& name);
@@ -132,6 +135,8 @@ class VduseKernel final : public vduse::Kernel {
     int fault(unsigned long what);
     void close_locked(int fd);
     void wake(Device& device);
+    void deliver(Device& device, const vduse_dev_response& response);
+    static uint32_t number_of(const Message* message) { return message->request.request_id; }
     static void give_up(Device& device);
     static void reset_state(Device& device);
     Device& only();
@@ -146,6 +151,7 @@ class VduseKernel final : public vduse::Kernel {
         int error;
     };
     std::map<unsigned long, Fault> faults_;
+    std::optional<vduse_dev_response> delayed_;
     std::atomic<std::chrono::milliseconds> patience_{std::chrono::milliseconds(30'000)};
 };
 

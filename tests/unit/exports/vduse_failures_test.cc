@@ -342,12 +342,15 @@ TEST_CASE("vduse: the requests of a killed process are answered by the next one,
     const size_t outstanding = after.outstanding();
     REQUIRE(outstanding == held + kQueues);
 
-    SECTION("which is like the first") {
+    const auto config = next.kernel.config();
+
+    SECTION("which is like the first, but for the size of blocks") {
         f.memory->hold = false;
         REQUIRE(f.reaped(disk, 0, 6));
         REQUIRE(f.reaped(disk, 1, 6));
         f.memory->fill(0, VduseFixture::kBytes, 0);
-        REQUIRE(f.add(next, {{"num-queues", kQueues}}) == "");
+        REQUIRE(f.add(next, {{"num-queues", kQueues}, {"logical-block-size", 4096}}) == "");
+        CHECK(next.kernel.config() != config);
         size_t answers = 0;
         CHECK(f.eventually([&] {
             for (uint32_t q = 0; q < kQueues; ++q) {
@@ -365,7 +368,7 @@ TEST_CASE("vduse: the requests of a killed process are answered by the next one,
             CHECK(contents[(100 * q + 50) * 4096] == 0x77);
             CHECK(f.eventually([&] { return next.kernel.interrupts(q) > 0; }));
         }
-        CHECK(next.kernel.config_interrupts() > 0);
+        CHECK(next.kernel.config_interrupts() == 2);
         // And on it goes.
         for (unsigned i = 0; i < 200; ++i) {
             REQUIRE(after.submit(i % kQueues, BlkType::kOut, i * 8, 5));
@@ -373,8 +376,10 @@ TEST_CASE("vduse: the requests of a killed process are answered by the next one,
         }
     }
     SECTION("unless its image has other features") {
-        CHECK_THAT(f.add(next, {{"num-queues", kQueues}, {"writable", false}}),
+        CHECK_THAT(f.add(next, {{"num-queues", kQueues}, {"writable", false}, {"logical-block-size", 4096}}),
                    Catch::Contains("its driver uses it as this export does not offer it"));
+        // Nothing was told to the driver.
+        CHECK(next.kernel.config() == config);
         CHECK(next.kernel.open_files() == 0);
         CHECK(next.kernel.exists("vd0"));
         f.memory->hold = false;
@@ -384,8 +389,9 @@ TEST_CASE("vduse: the requests of a killed process are answered by the next one,
             static_cast<unsigned long>(VDUSE_DEV_INJECT_CONFIG_IRQ), static_cast<unsigned long>(VDUSE_DEV_GET_FEATURES),
             static_cast<unsigned long>(VDUSE_IOTLB_GET_FD), static_cast<unsigned long>(VDUSE_VQ_SETUP_KICKFD));
         next.kernel.fail(what, EFAULT);
-        CHECK_THAT(f.add(next, {{"num-queues", kQueues}}),
+        CHECK_THAT(f.add(next, {{"num-queues", kQueues}, {"logical-block-size", 4096}}),
                    Catch::Contains("VDUSE device 'vd0'") || Catch::Contains("cannot be taken over"));
+        CHECK(next.kernel.config() == config);
         CHECK(next.kernel.open_files() == 0);
         CHECK(next.kernel.exists("vd0"));
         f.memory->hold = false;
@@ -394,6 +400,105 @@ TEST_CASE("vduse: the requests of a killed process are answered by the next one,
     f.drive([&] { next.kernel.detach("vd0"); });
     f.end(next);
     f.memory->hold = false;
+    f.drive([&] { kernel.detach("vd0"); });
+}
+
+TEST_CASE("vduse: a process is killed that has started queues and not said so yet", "[vduse]") {
+    const bool packed = GENERATE(false, true);
+    const bool keeps = GENERATE(true, false);
+    const bool in_flight = GENERATE(true, false);
+    CAPTURE(packed, keeps, in_flight);
+    VduseFixture f(keeps);
+    VduseKernel& kernel = f.process.kernel;
+    REQUIRE(f.add() == "");
+    REQUIRE(f.drive([&] { return kernel.attach("vd0"); }) == 0);
+    VduseDisk disk(kernel, {.packed = packed});
+    constexpr unsigned kAnswered = 3;
+    const unsigned more = in_flight ? 2 : 0;
+    for (unsigned i = 0; i < kAnswered; ++i) REQUIRE(disk.submit(0, BlkType::kOut, i * 8, 0x11, false));
+    kernel.delays_driver_ok = true;
+    int noted = -1;
+    std::thread driver([&] { noted = disk.bring_up(); });
+    const auto requests = [&]() -> uint64_t {
+        const json::object details = f.process.registry.find("e")->details();
+        const json::array& queues = details.at("queues").as_array();
+        return queues.empty() ? 0 : queues[0].at("requests").to_number<uint64_t>();
+    };
+    const bool answered = f.eventually([&] { return requests() == kAnswered; });
+    f.memory->hold = true;
+    for (unsigned i = 0; i < more; ++i) CHECK(disk.submit(0, BlkType::kOut, (50 + i) * 8, 0x22));
+    const bool taken = f.eventually([&] { return f.memory->held == static_cast<int>(more); });
+
+    VduseProcess next(*f.runtime.runtime, f.graph, keeps);
+    VduseDisk after(disk, next.kernel);
+    kernel.copy_to(next.kernel, after.maps());
+    f.process.keeper.copy_to(next.keeper);
+    f.memory->hold = false;
+    CHECK(f.reaped(disk, 0, kAnswered + more));
+    f.drive([&] {
+        kernel.release_answer();
+        driver.join();
+    });
+    REQUIRE((answered && taken && noted == 0));
+    f.memory->fill(0, VduseFixture::kBytes, 0);
+
+    REQUIRE(f.add(next) == "");
+    // The kernel asks again.
+    const int result = f.drive([&] { return next.kernel.set_status(15); });
+    if (keeps || (!packed && !in_flight)) {
+        REQUIRE(result == 0);
+        std::vector<VduseDisk::Done> done;
+        REQUIRE(f.reaped(after, 0, kAnswered + more, &done));
+        CHECK(std::ranges::all_of(done, [](const auto& d) { return d.status == kOk; }));
+        const auto contents = f.memory->contents();
+        for (unsigned i = 0; i < kAnswered; ++i) CHECK(contents[i * 4096] == 0);
+        for (unsigned i = 0; i < more; ++i) CHECK(contents[(50 + i) * 4096] == 0x22);
+        for (unsigned i = 0; i < 100; ++i) {
+            REQUIRE(after.submit(0, BlkType::kOut, i * 8, 5));
+            REQUIRE(f.reaped(after, 0, 1));
+        }
+    } else {
+        // Nobody knows which requests were answered: better none is than one twice.
+        CHECK(result == -EIO);
+        CHECK(f.drive([&] { return next.kernel.reset(); }) == 0);
+        after.forget_rings();
+        REQUIRE(f.drive([&] { return after.bring_up(); }) == 0);
+        REQUIRE(after.submit(0, BlkType::kOut, 8, 5));
+        CHECK(f.reaped(after, 0, 1));
+    }
+    f.drive([&] { next.kernel.detach("vd0"); });
+    f.end(next);
+    f.drive([&] { kernel.detach("vd0"); });
+}
+
+TEST_CASE("vduse: a process is killed between a reset and the next start", "[vduse]") {
+    const bool packed = GENERATE(false, true);
+    const bool keeps = GENERATE(true, false);
+    CAPTURE(packed, keeps);
+    VduseFixture f(keeps);
+    VduseKernel& kernel = f.process.kernel;
+    REQUIRE(f.add() == "");
+    REQUIRE(f.drive([&] { return kernel.attach("vd0"); }) == 0);
+    VduseDisk disk(kernel, {.packed = packed});
+    REQUIRE(f.drive([&] { return disk.bring_up(); }) == 0);
+    for (unsigned i = 0; i < 10; ++i) {
+        REQUIRE(disk.submit(0, BlkType::kOut, i * 8, 1));
+        REQUIRE(f.reaped(disk, 0, 1));
+    }
+    REQUIRE(f.drive([&] { return kernel.reset(); }) == 0);
+    VduseProcess next(*f.runtime.runtime, f.graph, keeps);
+    VduseDisk after(disk, next.kernel);
+    kernel.copy_to(next.kernel, after.maps());
+    f.process.keeper.copy_to(next.keeper);
+    REQUIRE(f.add(next) == "");
+    after.forget_rings();
+    REQUIRE(f.drive([&] { return after.bring_up(); }) == 0);
+    for (unsigned i = 0; i < 100; ++i) {
+        REQUIRE(after.submit(0, BlkType::kOut, i * 8, 5));
+        REQUIRE(f.reaped(after, 0, 1));
+    }
+    f.drive([&] { next.kernel.detach("vd0"); });
+    f.end(next);
     f.drive([&] { kernel.detach("vd0"); });
 }
 
