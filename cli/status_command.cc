@@ -34,8 +34,8 @@ uint64_t number_of(const json::object& object, std::string_view key) {
 Result<json::object> ask(const std::string& socket) {
     TRY(QmpClient client, QmpClient::connect(socket));
     json::object out{{"socket", socket}, {"version", client.version()}};
-    for (std::string_view command :
-         {"query-block-exports", "query-jobs", "query-nbd-servers", "query-fuse-exports", "query-vhost-user-exports"}) {
+    for (std::string_view command : {"query-block-exports", "query-jobs", "query-nbd-servers", "query-fuse-exports",
+                                     "query-vhost-user-exports", "query-vduse-exports"}) {
         TRY(json::value reply, client.execute(command, {}));
         out[command] = std::move(reply);
     }
@@ -111,7 +111,34 @@ void print_files(const json::object& daemon) {
     }
 }
 
-void print_disks(const json::object& daemon) {
+/// "2 queues run, 3 requests in flight; ..."
+std::string queues_line(const json::object& device) {
+    uint64_t in_flight = 0, requests = 0, read = 0, written = 0, kicks = 0, signals = 0;
+    size_t running = 0;
+    for (const json::value& q : list_of(device, "queues")) {
+        const json::object& queue = q.get_object();
+        in_flight += number_of(queue, "in-flight");
+        requests += number_of(queue, "requests");
+        read += number_of(queue, "bytes-read");
+        written += number_of(queue, "bytes-written");
+        kicks += number_of(queue, "kicks");
+        signals += number_of(queue, "signals");
+        running += flag_of(queue, "running");
+    }
+    return fmt::format("{} queues run, {} requests in flight; {} requests, {} kicks, {} signals, {} read, {} written",
+                       running, in_flight, requests, kicks, signals, readable_size(read), readable_size(written));
+}
+
+void print_broken_queues(const json::object& device) {
+    for (const json::value& q : list_of(device, "queues")) {
+        const std::string broken = text_of(q.get_object(), "broken");
+        if (broken.empty()) continue;
+        std::printf("  queue %llu is not served any more: %s\n",
+                    static_cast<unsigned long long>(number_of(q.get_object(), "index")), broken.c_str());
+    }
+}
+
+void print_vhost_user_disks(const json::object& daemon) {
     for (const json::value& item : list_of(daemon, "query-vhost-user-exports")) {
         const json::object& disk = item.get_object();
         std::printf("vhost-user-blk export %s on %s: ", text_of(disk, "id").c_str(), text_of(disk, "socket").c_str());
@@ -121,29 +148,30 @@ void print_disks(const json::object& daemon) {
             continue;
         }
         const json::object& front = found->get_object();
-        uint64_t requests = 0, read = 0, written = 0, kicks = 0, signals = 0;
-        size_t running = 0;
-        for (const json::value& q : list_of(front, "queues")) {
-            const json::object& queue = q.get_object();
-            requests += number_of(queue, "requests");
-            read += number_of(queue, "bytes-read");
-            written += number_of(queue, "bytes-written");
-            kicks += number_of(queue, "kicks");
-            signals += number_of(queue, "signals");
-            running += flag_of(queue, "running");
-        }
-        std::printf("%s; %zu queues run; %llu requests, %llu kicks, %llu signals, %s read, %s written; %s%s\n",
-                    text_of(front, "peer").c_str(), running, static_cast<unsigned long long>(requests),
-                    static_cast<unsigned long long>(kicks), static_cast<unsigned long long>(signals),
-                    readable_size(read).c_str(), readable_size(written).c_str(),
+        std::printf("%s; %s; %s%s\n", text_of(front, "peer").c_str(), queues_line(front).c_str(),
                     flag_of(front, "inflight-tracking") ? "survives a restart" : "requests are lost in a crash",
                     flag_of(front, "dirty-log") ? "; migration under way" : "");
-        for (const json::value& q : list_of(front, "queues")) {
-            const std::string broken = text_of(q.get_object(), "broken");
-            if (broken.empty()) continue;
-            std::printf("  queue %llu is not served any more: %s\n",
-                        static_cast<unsigned long long>(number_of(q.get_object(), "index")), broken.c_str());
+        if (const std::string waiting = text_of(front, "waits-for-answer-to"); !waiting.empty()) {
+            std::printf("  the virtual machine waits for the answer to %s\n", waiting.c_str());
         }
+        print_broken_queues(front);
+    }
+}
+
+void print_vduse_disks(const json::object& daemon) {
+    for (const json::value& item : list_of(daemon, "query-vduse-exports")) {
+        const json::object& disk = item.get_object();
+        const std::string kept = text_of(disk, "kept-reason");
+        std::printf("vduse-blk export %s as VDUSE device %s: %s; %s; features %#llx%s\n", text_of(disk, "id").c_str(),
+                    text_of(disk, "name").c_str(),
+                    !flag_of(disk, "attached")  ? "not attached to the vDPA bus"
+                    : !flag_of(disk, "running") ? "attached, no driver uses it"
+                                                : "attached, its driver runs",
+                    queues_line(disk).c_str(), static_cast<unsigned long long>(number_of(disk, "features")),
+                    flag_of(disk, "kept-for-restart") ? "; survives a restart"
+                    : kept.empty()                    ? ""
+                                                      : ("; does not survive a restart: " + kept).c_str());
+        print_broken_queues(disk);
     }
 }
 
@@ -185,7 +213,8 @@ void print_daemon(const json::object& daemon) {
     }
     print_servers(daemon);
     print_files(daemon);
-    print_disks(daemon);
+    print_vhost_user_disks(daemon);
+    print_vduse_disks(daemon);
     for (const json::value& item : list_of(daemon, "query-jobs")) {
         const json::object& job = item.get_object();
         std::printf("job %s (%s): %s, %llu of %llu\n", text_of(job, "id").c_str(), text_of(job, "type").c_str(),

@@ -98,28 +98,29 @@ Task<Result<json::value>> query_block_exports(Services& services, json::object) 
     co_return json::value(std::move(list));
 }
 
-Task<Result<json::value>> query_fuse_exports(Services& services, json::object) {
+/// What the exports of one kind say of themselves.
+json::value details_of(Services& services, std::string_view type) {
     json::array list;
     for (const exports::ExportInfo& info : services.exports.list()) {
         const exports::Export* found = services.exports.find(info.id);
-        if (info.type != "fuse" || info.shutting_down || !found) continue;
+        if (info.type != type || info.shutting_down || !found) continue;
         json::object one{{"id", info.id}};
         for (const auto& [key, value] : found->details()) one[key] = value;
         list.push_back(std::move(one));
     }
-    co_return json::value(std::move(list));
+    return list;
+}
+
+Task<Result<json::value>> query_fuse_exports(Services& services, json::object) {
+    co_return details_of(services, "fuse");
 }
 
 Task<Result<json::value>> query_vhost_user_exports(Services& services, json::object) {
-    json::array list;
-    for (const exports::ExportInfo& info : services.exports.list()) {
-        const exports::Export* found = services.exports.find(info.id);
-        if (info.type != "vhost-user-blk" || info.shutting_down || !found) continue;
-        json::object one{{"id", info.id}};
-        for (const auto& [key, value] : found->details()) one[key] = value;
-        list.push_back(std::move(one));
-    }
-    co_return json::value(std::move(list));
+    co_return details_of(services, "vhost-user-blk");
+}
+
+Task<Result<json::value>> query_vduse_exports(Services& services, json::object) {
+    co_return details_of(services, "vduse-blk");
 }
 
 constexpr HandlerRow kHandlers[] = {
@@ -128,6 +129,7 @@ constexpr HandlerRow kHandlers[] = {
     {"query-block-exports", query_block_exports}, {"nbd-server-add", nbd_server_add},
     {"nbd-server-remove", nbd_server_remove},     {"query-nbd-servers", query_nbd_servers},
     {"query-fuse-exports", query_fuse_exports},   {"query-vhost-user-exports", query_vhost_user_exports},
+    {"query-vduse-exports", query_vduse_exports},
 };
 
 }  // namespace

@@ -249,23 +249,24 @@ constexpr Member kFuseInfoMembers[] = {
 constinit const Type kFuseInfo = struct_type("FuseExportInfo", "A FUSE export at work.", kFuseInfoMembers);
 constinit const Type kFuseInfoList = array_of(kFuseInfo);
 
-constexpr Member kVhostUserQueueMembers[] = {
+constexpr Member kVirtqueueMembers[] = {
     required("index", kUint32, "its number"),
     required("loop", kStr, "the thread that serves it"),
     required("running", kBool, "it has been started and not stopped"),
     required("enabled", kBool, "requests are taken while it runs"),
     required("size", kUint32, "its descriptors; 0: nobody has said"),
     required("packed", kBool, "it is a packed ring, not a split one"),
-    required("requests", kUint64, "answered so far, for all front ends, as are the next"),
-    required("bytes-read", kUint64, "given to the guest"),
-    required("bytes-written", kUint64, "taken from the guest"),
-    required("kicks", kUint64, "times that the guest has told of requests"),
-    required("signals", kUint64, "times that the guest was told of answers"),
+    required("in-flight", kUint64, "requests that were taken and not answered yet"),
+    required("requests", kUint64, "answered so far, for all drivers one after another, as are the next"),
+    required("bytes-read", kUint64, "given to the driver"),
+    required("bytes-written", kUint64, "taken from the driver"),
+    required("kicks", kUint64, "times that the driver has told of requests"),
+    required("signals", kUint64, "times that the driver was told of answers"),
     optional("broken", kStr, "", "why it is not served any more"),
 };
-constinit const Type kVhostUserQueueInfo =
-    struct_type("VhostUserQueueInfo", "A queue of a vhost-user export.", kVhostUserQueueMembers);
-constinit const Type kVhostUserQueueInfoList = array_of(kVhostUserQueueInfo);
+constinit const Type kVirtqueueInfo =
+    struct_type("VirtqueueInfo", "A queue of a virtio-blk device.", kVirtqueueMembers);
+constinit const Type kVirtqueueInfoList = array_of(kVirtqueueInfo);
 constexpr Member kFrontEndMembers[] = {
     required("peer", kStr, "who connected"),
     required("features", kUint64, "of the device and its rings that were chosen, as bits"),
@@ -275,7 +276,8 @@ constexpr Member kFrontEndMembers[] = {
     required("dirty-log", kBool, "written pages are marked for a migration"),
     required("memory-regions", kUint64, "of the guest's memory that are mapped"),
     required("memory-bytes", kUint64, "in these regions"),
-    required("queues", kVhostUserQueueInfoList, "those that were ever used"),
+    optional("waits-for-answer-to", kStr, "", "a message of it that is answered when requests have ended"),
+    required("queues", kVirtqueueInfoList, "those that were ever used"),
 };
 constinit const Type kFrontEndInfo =
     struct_type("VhostUserFrontEndInfo", "The virtual machine that is connected.", kFrontEndMembers);
@@ -295,6 +297,26 @@ constinit const Type kVhostUserInfo =
     struct_type("VhostUserExportInfo", "A vhost-user-blk export at work.", kVhostUserInfoMembers);
 constinit const Type kVhostUserInfoList = array_of(kVhostUserInfo);
 
+constexpr Member kVduseInfoMembers[] = {
+    required("id", kStr, "its name"),
+    required("name", kStr, "of the device in /dev/vduse and on the vDPA bus"),
+    required("writable", kBool, "the driver can write"),
+    required("logical-block-size", kUint32, "bytes"),
+    required("num-queues", kUint32, "as the configuration says"),
+    required("queue-size", kUint32, "most descriptors of a queue"),
+    required("serial", kStr, "what the driver sees as serial number"),
+    required("attached", kBool, "it is on the vDPA bus"),
+    required("taken-over", kBool, "a process before this one has made it"),
+    required("running", kBool, "a driver uses it"),
+    required("features-offered", kUint64, "as bits"),
+    required("features", kUint64, "that the driver has chosen, as bits"),
+    required("kept-for-restart", kBool, "requests that are not answered are noted where a restart finds them"),
+    optional("kept-reason", kStr, "", "why not"),
+    required("queues", kVirtqueueInfoList, "those that were ever used"),
+};
+constinit const Type kVduseInfo = struct_type("VduseExportInfo", "A vduse-blk export at work.", kVduseInfoMembers);
+constinit const Type kVduseInfoList = array_of(kVduseInfo);
+
 constexpr Command kCommands[] = {
     {"nbd-server-start", &kServerStartArguments, nullptr, "Starts an NBD server."},
     {"nbd-server-stop", &kServerStopArguments, nullptr, "Removes the exports of an NBD server and stops it."},
@@ -306,6 +328,7 @@ constexpr Command kCommands[] = {
     {"query-fuse-exports", nullptr, &kFuseInfoList, "Lists the FUSE exports with their ways to the kernel."},
     {"query-vhost-user-exports", nullptr, &kVhostUserInfoList,
      "Lists the vhost-user-blk exports with their front ends and queues."},
+    {"query-vduse-exports", nullptr, &kVduseInfoList, "Lists the vduse-blk exports with their drivers and queues."},
     {"block-export-add", &kExportOptions, nullptr, "Offers a node to others."},
     {"block-export-del", &kExportDelArguments, nullptr,
      "Begins to remove an export; BLOCK_EXPORT_DELETED tells when it is gone."},
@@ -323,8 +346,8 @@ constexpr const Type* kTypes[] = {
     &kFuseOptions,     &kRemoveMode,         &kIothreads,        &kNbdBase,
     &kNbdOptions,      &kExportOptions,      &kExportInfo,       &kServerOptions,
     &kServerAddresses, &kServerAddArguments, &kClientInfo,       &kServerInfo,
-    &kFuseQueueInfo,   &kFuseInfo,           &kVhostUserOptions, &kVhostUserQueueInfo,
-    &kFrontEndInfo,    &kVhostUserInfo,      &kVduseOptions,
+    &kFuseQueueInfo,   &kFuseInfo,           &kVhostUserOptions, &kVirtqueueInfo,
+    &kFrontEndInfo,    &kVhostUserInfo,      &kVduseOptions,     &kVduseInfo,
 };
 
 }  // namespace

@@ -1,10 +1,11 @@
 #include "exports/vduse/export.h"
 
 #include <algorithm>
-#include <bit>
 #include <optional>
 
 #include "block/repeated_cancel.h"
+#include "exports/virtio/disk.h"
+#include "exports/virtio/wait_report.h"
 #include "runtime/check.h"
 #include "runtime/log.h"
 #include "schema/options.h"
@@ -17,8 +18,6 @@ const exports::ExportType kVduseExportType = {"vduse-blk", &VduseExport::create}
 
 namespace {
 
-constexpr uint64_t kLeastBlock = 512, kMostBlock = 65536;
-constexpr uint64_t kLeastQueueSize = 4;
 constexpr uint64_t kMostQueues = 1024;
 /// How often a device that is to be removed is looked at.
 constexpr auto kAttachedPause = 200ms;
@@ -29,33 +28,24 @@ Result<VduseOptions> parse(const exports::ExportContext& context) {
     const schema::Options options(context.options);
     VduseOptions out;
     out.name = options.str("name");
-    const uint64_t queues = options.size("num-queues", out.queues);
+    virtio::BlkShape& shape = out.shape;
+    const uint64_t queues = options.size("num-queues", shape.queues);
     if (queues == 0) return fail(ErrorKind::kInvalid, "num-queues must be greater than 0");
     if (queues > kMostQueues)
         return fail(ErrorKind::kInvalid, "num-queues must not be greater than {}, it is {}", kMostQueues, queues);
-    out.queues = static_cast<uint16_t>(queues);
-    const uint64_t queue_size = options.size("queue-size", out.queue_size);
-    if (queue_size < kLeastQueueSize || queue_size > virtio::kMaxQueueSize || !std::has_single_bit(queue_size)) {
+    shape.queues = static_cast<uint16_t>(queues);
+    const uint64_t queue_size = options.size("queue-size", shape.queue_size);
+    if (!virtio::is_queue_size(queue_size)) {
         return fail(ErrorKind::kInvalid, "queue-size is invalid; it must be a power of 2 from {} to {}, not {}",
-                    kLeastQueueSize, virtio::kMaxQueueSize, queue_size);
+                    virtio::kLeastQueueSize, virtio::kMaxQueueSize, queue_size);
     }
-    out.queue_size = static_cast<uint16_t>(queue_size);
-    const uint64_t block = options.size("logical-block-size", out.block_size);
-    if (block < kLeastBlock || block > kMostBlock) {
-        return fail(ErrorKind::kInvalid,
-                    "Property {}.logical-block-size doesn't take value {} (minimum: {}, maximum: {})", context.id,
-                    block, kLeastBlock, kMostBlock);
-    }
-    if (!std::has_single_bit(block)) {
-        return fail(ErrorKind::kInvalid,
-                    "Property {}.logical-block-size doesn't take value '{}', it's not a power of 2", context.id, block);
-    }
-    out.block_size = static_cast<uint32_t>(block);
-    out.serial = options.str("serial");
-    if (out.serial.size() > virtio::BlkDevice::kIdBytes) {
+    shape.queue_size = static_cast<uint16_t>(queue_size);
+    TRY(shape.block_size, virtio::check_block_size(context.id, options.size("logical-block-size", shape.block_size)));
+    shape.serial = options.str("serial");
+    if (shape.serial.size() > virtio::BlkDevice::kIdBytes) {
         log::warn("export '{}': drivers see the first {} bytes of the serial number '{}'", context.id,
-                  virtio::BlkDevice::kIdBytes, out.serial);
-        out.serial.resize(virtio::BlkDevice::kIdBytes);
+                  virtio::BlkDevice::kIdBytes, shape.serial);
+        shape.serial.resize(virtio::BlkDevice::kIdBytes);
     }
     CHECK_OK(Device::check_name(out.name));
     return out;
@@ -81,34 +71,20 @@ VduseExport::~VduseExport() {
 
 std::string VduseExport::user() const { return fmt::format("export '{}': VDUSE device '{}'", id(), options_.name); }
 
-virtio::BlkShape VduseExport::shape() const {
-    const block::Limits& limits = root().node().limits();
-    virtio::BlkShape shape;
-    shape.block_size = options_.block_size;
-    shape.queues = options_.queues;
-    shape.queue_size = options_.queue_size;
-    shape.serial = options_.serial;
-    shape.writable = writable();
-    shape.write_cache = !schema::Options(context_.options).flag("writethrough");
-    shape.physical_block_size = std::max(limits.request_alignment, options_.block_size);
-    shape.optimal_io_size = limits.optimal_transfer;
-    return shape;
-}
-
 /// The kernel lets no driver write to the configuration, since it might wait for ever.
 uint64_t VduseExport::offered() const { return (blk_->features() & ~virtio::kBlkConfigWce) | virtio::kAccessPlatform; }
 
 Task<Result<>> VduseExport::start() {
-    blk_ = std::make_unique<virtio::BlkDevice>(shape(), root().node().size());
+    blk_ = std::make_unique<virtio::BlkDevice>(virtio::complete(options_.shape, context_), root().node().size());
     service_ = std::make_unique<virtio::BlkService>(*blk_);
     const virtio::BlkDevice::Config config = blk_->config();
     const DeviceShape described{.name = options_.name,
                                 .features = offered(),
-                                .queues = options_.queues,
-                                .queue_size = options_.queue_size,
+                                .queues = options_.shape.queues,
+                                .queue_size = options_.shape.queue_size,
                                 .config = config};
     CO_TRY(device_, Device::create(kernel_, described));
-    record_ = std::make_unique<Record>(context_.keeper, id(), options_.queues, options_.queue_size);
+    record_ = std::make_unique<Record>(context_.keeper, id(), options_.shape.queues, options_.shape.queue_size);
     queues_ = std::make_unique<Queues>(*device_, *record_, *service_, root(), context_.loops, user());
     if (device_->taken_over()) {
         Result<> going = co_await go_on(described);
@@ -188,6 +164,10 @@ Task<void> VduseExport::stop() {
     if (busy_ || queues_->running()) {
         cancel.emplace([this] { block::Graph::cancel_in_flight(root().node()); });
     }
+    virtio::WaitReport report([this](std::chrono::seconds passed) {
+        log::warn("{}: its end has not been reached for {} s, because requests have not ended: {}", user(),
+                  passed.count(), queues_->requests_left());
+    });
     co_await end_messages();
     co_await workers_.join();
     if (queues_->running()) {
@@ -195,6 +175,7 @@ Task<void> VduseExport::stop() {
     }
     co_await queues_->join();
     if (cancel) co_await cancel->over();
+    co_await report.over();
     if (leaves()) {
         log::info("export '{}': VDUSE device '{}' waits for the process after this one", id(), options_.name);
         device_->close();
@@ -273,7 +254,12 @@ void VduseExport::on_resize(uint64_t new_size) {
 }
 
 json::object VduseExport::details() const {
-    json::object details{{"name", options_.name}, {"writable", writable()}};
+    json::object details{{"name", options_.name},
+                         {"writable", writable()},
+                         {"logical-block-size", options_.shape.block_size},
+                         {"num-queues", options_.shape.queues},
+                         {"queue-size", options_.shape.queue_size},
+                         {"serial", options_.shape.serial}};
     if (!device_ || !queues_) return details;
     details["attached"] = device_->attached();
     details["taken-over"] = device_->taken_over();
@@ -282,17 +268,7 @@ json::object VduseExport::details() const {
     details["features"] = blk_->chosen_features();
     details["kept-for-restart"] = record_->kept();
     if (!record_->why_not().empty()) details["kept-reason"] = record_->why_not();
-    json::array queues;
-    for (const Queues::Line& line : queues_->lines()) {
-        json::object queue{{"index", line.index},           {"loop", line.loop},
-                           {"running", line.started},       {"size", line.size},
-                           {"packed", line.packed},         {"requests", line.requests},
-                           {"bytes-read", line.bytes_read}, {"bytes-written", line.bytes_written},
-                           {"kicks", line.kicks},           {"signals", line.signals}};
-        if (!line.fault.empty()) queue["broken"] = line.fault;
-        queues.push_back(std::move(queue));
-    }
-    details["queues"] = std::move(queues);
+    details["queues"] = queues_->details();
     return details;
 }
 

@@ -22,10 +22,7 @@ inline constexpr uint8_t kDriverOk = 4, kFeaturesOk = 8;
 
 struct VduseOptions {
     std::string name;
-    uint16_t queues = 1;
-    uint16_t queue_size = 256;
-    uint32_t block_size = 512;
-    std::string serial;
+    virtio::BlkShape shape;  // not complete()
 };
 
 /// Main loop only; its queues run on the loops of the export.
@@ -57,7 +54,6 @@ class VduseExport final : public exports::Export {
     json::object details() const override;
 
   private:
-    virtio::BlkShape shape() const;
     uint64_t offered() const;
     Task<Result<>> go_on(DeviceShape described);
     Task<void> remove_device();

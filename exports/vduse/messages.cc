@@ -106,7 +106,8 @@ Task<bool> VduseExport::driver_ok() {
         // Of the reset before: its requests may not end in the memory of this driver.
         const bool over = co_await finished_in_time(true);
         if (!over) {
-            log::error("{}: requests of before the reset have not ended: it does not begin again yet", user());
+            log::error("{}: requests of before the reset have not ended, so it does not begin again yet: {}", user(),
+                       queues_->requests_left());
             co_return false;
         }
     }
@@ -126,7 +127,7 @@ Task<bool> VduseExport::reset() {
         over = co_await finished_in_time(true);
     }
     if (!over) {
-        log::error("{}: a reset fails, because requests do not end", user());
+        log::error("{}: a reset fails, because requests do not end: {}", user(), queues_->requests_left());
         co_return false;
     }
     blk_->choose_features(0);
@@ -149,7 +150,7 @@ Task<bool> VduseExport::queue_state(uint32_t index, vduse_dev_response* response
     }
     if (!over || !outcome_) {
         log::warn("{}: where queue {} is cannot be said: {}", user(), index,
-                  over ? outcome_.error().message() : "requests do not end");
+                  over ? outcome_.error().message() : "requests do not end: " + queues_->requests_left());
         co_return false;
     }
     if (refusing && index < positions_.size()) position_ = positions_[index].value_or(position_);
@@ -175,7 +176,10 @@ Task<bool> VduseExport::update_memory() {
         begin(queues_->remap());
         over = co_await finished_in_time(false);
     }
-    if (!over) log::error("{}: the driver's memory has changed, and requests in the old one do not end", user());
+    if (!over) {
+        log::error("{}: the driver's memory has changed, and requests in the old one do not end: {}", user(),
+                   queues_->requests_left());
+    }
     co_return over;
 }
 
@@ -232,7 +236,8 @@ Task<bool> VduseExport::finished_in_time(bool cancel) {
         if (!busy_ || Clock::now() >= deadline) break;
         if (Clock::now() < cancel_at) continue;
         cancel_at = Clock::time_point::max();
-        log::warn("{}: its requests are cancelled, because the driver waits for a reset", user());
+        log::warn("{}: its requests are cancelled, because the driver waits for a reset: {}", user(),
+                  queues_->requests_left());
         cancelling.emplace([this] { block::Graph::cancel_in_flight(root().node()); });
     }
     if (cancelling) co_await cancelling->over();

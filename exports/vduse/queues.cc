@@ -6,6 +6,7 @@
 #include <bit>
 
 #include "exports/virtio/chain_reader.h"
+#include "exports/virtio/disk.h"
 #include "exports/virtio/packed_inflight.h"
 #include "exports/virtio/shared.h"
 #include "runtime/cross_loop.h"
@@ -301,23 +302,16 @@ Task<void> Queues::join() {
     co_await scope_.join();
 }
 
-std::vector<Queues::Line> Queues::lines() const {
-    std::vector<Line> all;
-    for (uint32_t i = 0; i < queues_.size(); ++i) {
-        const Queue& q = queues_[i];
-        if (!q.queue) continue;
-        const virtio::QueueCounters& c = q.queue->counters();
-        all.push_back({.index = i,
-                       .loop = q.queue->loop().name(),
-                       .fault = q.fault,
-                       .started = q.started,
-                       .size = q.shape.size,
-                       .packed = q.shape.packed,
-                       .requests = c.requests.load(std::memory_order_relaxed),
-                       .bytes_read = c.bytes_read.load(std::memory_order_relaxed),
-                       .bytes_written = c.bytes_written.load(std::memory_order_relaxed),
-                       .kicks = c.kicks.load(std::memory_order_relaxed),
-                       .signals = c.signals.load(std::memory_order_relaxed)});
+std::string Queues::requests_left() const {
+    std::vector<const virtio::Virtqueue*> all;
+    for (const Queue& q : queues_) all.push_back(q.queue.get());
+    return virtio::requests_left(all);
+}
+
+json::array Queues::details() const {
+    json::array all;
+    for (const Queue& q : queues_) {
+        if (q.queue) all.push_back(virtio::details_of(*q.queue, q.shape, q.started, q.started, q.fault));
     }
     return all;
 }

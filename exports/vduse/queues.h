@@ -60,15 +60,10 @@ class Queues {
     /// No coroutine of it is left.
     Task<void> join();
 
-    struct Line {
-        uint32_t index;
-        std::string loop, fault;
-        bool started;
-        uint32_t size;
-        bool packed;
-        uint64_t requests, bytes_read, bytes_written, kicks, signals;
-    };
-    std::vector<Line> lines() const;
+    /// As virtio::requests_left.
+    std::string requests_left() const;
+    /// Those that were ever used; as of the schema.
+    json::array details() const;
 
   private:
     class Interrupt;

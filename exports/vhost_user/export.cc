@@ -3,11 +3,9 @@
 #include <poll.h>
 #include <sys/socket.h>
 
-#include <algorithm>
-#include <bit>
 #include <cerrno>
 
-#include "exports/virtio/ring.h"
+#include "exports/virtio/disk.h"
 #include "runtime/check.h"
 #include "runtime/log.h"
 #include "schema/options.h"
@@ -18,27 +16,10 @@ namespace {
 
 /// Requests name queues with eight bits (SET_VRING_KICK).
 constexpr uint64_t kMostQueues = kIndexMask + 1;
-constexpr uint64_t kLeastBlock = 512, kMostBlock = 65536;
-/// So that a request has a place for data besides header and status.
-constexpr uint64_t kLeastQueueSize = 4;
 constexpr std::chrono::milliseconds kAcceptPause{200};
 constexpr unsigned kWarningsPerSecond = 5;
 
 bool out_of_resources(int error) { return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM; }
-
-Result<uint32_t> block_size(const std::string& id, uint64_t value) {
-    // In the words of the reference.
-    if (value < kLeastBlock || value > kMostBlock) {
-        return fail(ErrorKind::kInvalid,
-                    "Property {}.logical-block-size doesn't take value {} (minimum: {}, maximum: {})", id, value,
-                    kLeastBlock, kMostBlock);
-    }
-    if (!std::has_single_bit(value)) {
-        return fail(ErrorKind::kInvalid,
-                    "Property {}.logical-block-size doesn't take value '{}', it's not a power of 2", id, value);
-    }
-    return static_cast<uint32_t>(value);
-}
 
 }  // namespace
 
@@ -49,24 +30,25 @@ Result<std::unique_ptr<exports::Export>> VhostUserExport::create(exports::Export
     VhostUserOptions out;
     out.address = options.object("addr");
     CHECK_OK(check_entrance(out.address));
-    TRY(out.block_size, block_size(context.id, options.size("logical-block-size", out.block_size)));
-    const uint64_t queues = options.size("num-queues", out.queues);
+    virtio::BlkShape& shape = out.shape;
+    TRY(shape.block_size, virtio::check_block_size(context.id, options.size("logical-block-size", shape.block_size)));
+    const uint64_t queues = options.size("num-queues", shape.queues);
     if (queues == 0) return fail(ErrorKind::kInvalid, "num-queues must be greater than 0");
     if (queues > kMostQueues) {
         return fail(ErrorKind::kInvalid, "num-queues must not be greater than {}: the protocol has no more numbers",
                     kMostQueues);
     }
-    out.queues = static_cast<uint16_t>(queues);
-    const uint64_t queue_size = options.size("x-queue-size", out.queue_size);
-    if (queue_size < kLeastQueueSize || queue_size > virtio::kMaxQueueSize || !std::has_single_bit(queue_size)) {
-        return fail(ErrorKind::kInvalid, "x-queue-size must be a power of 2 from {} to {}, not {}", kLeastQueueSize,
-                    virtio::kMaxQueueSize, queue_size);
+    shape.queues = static_cast<uint16_t>(queues);
+    const uint64_t queue_size = options.size("x-queue-size", shape.queue_size);
+    if (!virtio::is_queue_size(queue_size)) {
+        return fail(ErrorKind::kInvalid, "x-queue-size must be a power of 2 from {} to {}, not {}",
+                    virtio::kLeastQueueSize, virtio::kMaxQueueSize, queue_size);
     }
-    out.queue_size = static_cast<uint16_t>(queue_size);
-    out.serial = options.str("x-serial", std::string_view(context.id).substr(0, virtio::BlkDevice::kIdBytes));
-    if (out.serial.size() > virtio::BlkDevice::kIdBytes) {
-        return fail(ErrorKind::kInvalid, "x-serial '{}' has {} bytes; drivers see at most {}", out.serial,
-                    out.serial.size(), virtio::BlkDevice::kIdBytes);
+    shape.queue_size = static_cast<uint16_t>(queue_size);
+    shape.serial = options.str("x-serial", std::string_view(context.id).substr(0, virtio::BlkDevice::kIdBytes));
+    if (shape.serial.size() > virtio::BlkDevice::kIdBytes) {
+        return fail(ErrorKind::kInvalid, "x-serial '{}' has {} bytes; drivers see at most {}", shape.serial,
+                    shape.serial.size(), virtio::BlkDevice::kIdBytes);
     }
     return std::make_unique<VhostUserExport>(std::move(context), std::move(out));
 }
@@ -83,23 +65,9 @@ block::EdgePerms VhostUserExport::perms() const {
     return perms;
 }
 
-virtio::BlkShape VhostUserExport::shape() const {
-    const block::Limits& limits = root().node().limits();
-    virtio::BlkShape shape;
-    shape.block_size = options_.block_size;
-    shape.queues = options_.queues;
-    shape.queue_size = options_.queue_size;
-    shape.serial = options_.serial;
-    shape.writable = writable();
-    shape.write_cache = !schema::Options(context_.options).flag("writethrough");
-    shape.physical_block_size = std::max(limits.request_alignment, options_.block_size);
-    shape.optimal_io_size = limits.optimal_transfer;
-    return shape;
-}
-
 Task<Result<>> VhostUserExport::start() {
     CO_TRY(entrance_, open_entrance(options_.address, context_.resolve_fd));
-    device_ = std::make_unique<Device>(id(), root(), context_.loops, shape());
+    device_ = std::make_unique<Device>(id(), root(), context_.loops, virtio::complete(options_.shape, context_));
     device_->on_fault = [this](size_t index, const std::string&) {
         if (session_) session_->queue_broke(index);
     };
@@ -207,10 +175,10 @@ void VhostUserExport::on_resize(uint64_t new_size) {
 json::object VhostUserExport::details() const {
     json::object out{{"socket", entrance_.name},
                      {"writable", writable()},
-                     {"logical-block-size", options_.block_size},
-                     {"num-queues", options_.queues},
-                     {"queue-size", options_.queue_size},
-                     {"serial", options_.serial},
+                     {"logical-block-size", options_.shape.block_size},
+                     {"num-queues", options_.shape.queues},
+                     {"queue-size", options_.shape.queue_size},
+                     {"serial", options_.shape.serial},
                      {"connected", session_ != nullptr}};
     if (!device_) return out;
     out["features-offered"] = device_->blk().features() | kLogAll | kHasProtocolFeatures;

@@ -18,10 +18,7 @@ namespace gantry::vhost_user {
 
 struct VhostUserOptions {
     json::object address;
-    uint32_t block_size = 512;
-    uint16_t queues = 1;
-    uint16_t queue_size = 256;
-    std::string serial;
+    virtio::BlkShape shape;  // not complete()
 };
 
 /// Main loop only. One front end at a time, any number one after another; nothing that one does ends the export.
@@ -46,7 +43,6 @@ class VhostUserExport final : public exports::Export {
     Task<void> serve(UniqueFd socket);
     void turn_away(UniqueFd socket);
     void close_entrance();
-    virtio::BlkShape shape() const;
     /// A line about a front end; a few in a second, whatever they do.
     bool may_warn();
 

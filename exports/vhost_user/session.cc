@@ -1,5 +1,6 @@
 #include "exports/vhost_user/session.h"
 
+#include "exports/virtio/wait_report.h"
 #include "runtime/log.h"
 #include "runtime/timer.h"
 
@@ -44,7 +45,9 @@ Task<void> Session::run() {
     ended_ = true;
     // What a front end waits for is the end of the connection; its requests may take their time.
     connection_.cut();
+    virtio::WaitReport report([this](std::chrono::seconds passed) { report_wait(passed); });
     co_await stop_all();
+    co_await report.over();
     backend_channel_.reset();
     log_.reset();
     inflight_.reset();
@@ -59,7 +62,7 @@ Task<Result<>> Session::serve(Message message) {
     const RequestRule* rule = rule_of(number);
     if (!rule && !needs_reply) co_return fail(ErrorKind::kInvalid, "it sent request {}, which is not served", number);
     if (rule) CO_CHECK(check_message(*rule, message));
-    Answer answer = rule ? co_await handle(std::move(message))
+    Answer answer = rule ? co_await handle_reported(*rule, std::move(message))
                          : Answer(fail(ErrorKind::kUnsupported, "request {} is not served", number));
     if (!answer) {
         const std::string text = std::move(answer).error().message();
@@ -75,6 +78,15 @@ Task<Result<>> Session::serve(Message message) {
     if (answer->sent) co_return co_await connection_.send(encode_reply(number, answer->payload), answer->fd);
     if (needs_reply) co_return co_await connection_.send(encode_reply(number, bytes_of(kDone)));
     co_return Result<>();
+}
+
+Task<Session::Answer> Session::handle_reported(const RequestRule& rule, Message message) {
+    handling_ = rule.name;
+    virtio::WaitReport report([this](std::chrono::seconds passed) { report_wait(passed); });
+    Answer answer = co_await handle(std::move(message));
+    co_await report.over();
+    handling_ = {};
+    co_return answer;
 }
 
 Task<Session::Answer> Session::handle(Message message) {

@@ -65,12 +65,14 @@ class Session {
 
     Task<Result<>> serve(Message message);
     Task<Answer> handle(Message message);
+    Task<Answer> handle_reported(const RequestRule& rule, Message message);
     template <class T>
     static Reply reply(const T& value) {
         const auto bytes = bytes_of(value);
         return Reply{{bytes.begin(), bytes.end()}, -1, true};
     }
     Result<RingState*> ring(uint64_t index);
+    void report_wait(std::chrono::seconds passed) const;
     void end_with(std::string violation);
 
     // session_features.cc: features, status, reset
@@ -130,6 +132,7 @@ class Session {
     std::string violation_;
     bool ended_ = false;
     unsigned refusals_ = 0;
+    std::string_view handling_;  // the message that is being answered
 
     bool features_chosen_ = false;
     bool features_refused_ = false;

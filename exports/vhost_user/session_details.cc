@@ -1,6 +1,8 @@
 // What operators see of a front end.
 
 #include "exports/vhost_user/session.h"
+#include "exports/virtio/disk.h"
+#include "runtime/log.h"
 
 namespace gantry::vhost_user {
 
@@ -11,6 +13,7 @@ json::object Session::details() const {
                      {"status", status()},
                      {"inflight-tracking", inflight_ != nullptr},
                      {"dirty-log", active_log() != nullptr}};
+    if (!handling_.empty()) out["waits-for-answer-to"] = handling_;
     uint64_t bytes = 0;
     for (const virtio::Region& region : regions()) bytes += region.size;
     out["memory-regions"] = regions().size();
@@ -20,23 +23,19 @@ json::object Session::details() const {
         const virtio::Virtqueue* queue = device_.made_queue(i);
         if (!queue) continue;
         const RingState& r = rings_[i];
-        const virtio::QueueCounters& c = queue->counters();
-        json::object one{{"index", i},
-                         {"loop", queue->loop().name()},
-                         {"running", r.running},
-                         {"enabled", r.enabled},
-                         {"size", r.size},
-                         {"packed", shape(r).packed},
-                         {"requests", c.requests.load(std::memory_order_relaxed)},
-                         {"bytes-read", c.bytes_read.load(std::memory_order_relaxed)},
-                         {"bytes-written", c.bytes_written.load(std::memory_order_relaxed)},
-                         {"kicks", c.kicks.load(std::memory_order_relaxed)},
-                         {"signals", c.signals.load(std::memory_order_relaxed)}};
-        if (!device_.fault(i).empty()) one["broken"] = device_.fault(i);
-        queues.push_back(std::move(one));
+        queues.push_back(virtio::details_of(*queue, shape(r), r.running, r.enabled, device_.fault(i)));
     }
     out["queues"] = std::move(queues);
     return out;
+}
+
+/// Stuck requests keep the front end waiting: an operator has to see which.
+void Session::report_wait(std::chrono::seconds passed) const {
+    std::vector<const virtio::Virtqueue*> queues;
+    for (size_t i = 0; i < rings_.size(); ++i) queues.push_back(device_.made_queue(i));
+    log::warn("export '{}': {} has not been {} for {} s, because requests have not ended: {}", device_.id(),
+              ended_ ? "the end of front end " + peer() : fmt::format("{} of front end {}", handling_, peer()),
+              ended_ ? "reached" : "answered", passed.count(), virtio::requests_left(queues));
 }
 
 }  // namespace gantry::vhost_user

@@ -218,7 +218,7 @@ Virtqueue::Slot* Virtqueue::take() {
         free_.push_back(slot);
         return nullptr;
     }
-    ++in_flight_;
+    set_in_flight(in_flight_ + 1);
     if (listening_) {
         listening_ = false;
         ring_->quiet();
@@ -268,7 +268,8 @@ Task<void> Virtqueue::answer_later(Slot* slot) {
 
 /// One that is taken and cannot be answered.
 void Virtqueue::forget() {
-    if (--in_flight_ == 0) settled_.notify_all();
+    set_in_flight(in_flight_ - 1);
+    if (in_flight_ == 0) settled_.notify_all();
 }
 
 /// Gives the driver what is finished, and tells it at most once.
@@ -286,7 +287,7 @@ void Virtqueue::publish() {
             request.chain.parts = {};
         free_.push_back(slot);
     }
-    in_flight_ -= finished_.size();
+    set_in_flight(in_flight_ - finished_.size());
     answered_ = true;
     finished_.clear();
     check_memory();
@@ -322,6 +323,11 @@ void Virtqueue::count(const BlkRequest& request) {
     if (request.answer != BlkStatus::kOk) return;
     if (request.type == BlkType::kIn) bump(counters_.bytes_read, request.data.bytes);
     if (request.type == BlkType::kOut) bump(counters_.bytes_written, request.data.bytes);
+}
+
+void Virtqueue::set_in_flight(size_t count) {
+    in_flight_ = count;
+    counters_.in_flight.store(count, std::memory_order_relaxed);
 }
 
 void Virtqueue::report_fault() {

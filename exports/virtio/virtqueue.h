@@ -21,6 +21,7 @@ namespace gantry::virtio {
 /// Read from the main loop at any time.
 struct QueueCounters {
     std::atomic<uint64_t> requests{0}, bytes_read{0}, bytes_written{0}, kicks{0}, signals{0};
+    std::atomic<uint64_t> in_flight{0};  // taken and not published
 };
 
 struct QueueStart {
@@ -94,6 +95,7 @@ class Virtqueue {
     Task<void> wake_when_resumed();
     void forget();
     void count(const BlkRequest& request);
+    void set_in_flight(size_t count);
     void publish();
     void check_memory();
     void mark_written(const BlkRequest& request);

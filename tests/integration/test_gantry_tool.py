@@ -245,7 +245,7 @@ class Tool(gt.Case):
             self.addCleanup(qemu.kill)
             self.assertIn("QMP", qemu.stdout.readline())  # its devices are there
             status = self.gantry("status").stdout
-            self.assertRegex(status, f"export guest on .*: unix:pid={qemu.pid},uid=.*; 0 queues run; 0 requests")
+            self.assertRegex(status, f"export guest on .*: unix:pid={qemu.pid},uid=.*; 0 queues run, 0 requests in flight; 0 requests")
             qemu.communicate('{"execute": "qmp_capabilities"}{"execute": "quit"}', timeout=gt.DEADLINE)
         self.end(process)
         self.assertFalse(os.path.exists(path))

@@ -2,16 +2,19 @@
 """vduse-blk without VDUSE in the kernel: what a command line and QMP say, as the reference does."""
 # One configuration: no request is served, so that back end and loops have no part in it.
 
+import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import unittest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 import gantry_test
-from gantry_test import GANTRYD, Case, require_gantry
+from gantry_test import DEADLINE, GANTRY, GANTRYD, Case, require_gantry
 
 CONTROL = "/dev/vduse/control"
 REFERENCE = shutil.which("qemu-storage-daemon")
@@ -57,6 +60,67 @@ class WithoutVduse(Case):
             with self.subTest(options):
                 words = error_of(REFERENCE, options).split(" (minimum: ")[0]
                 self.assertTrue(error_of(GANTRYD, options).startswith(words), (words, error_of(GANTRYD, options)))
+
+
+class Status(Case):
+    """What `gantry status` says of devices, which this kernel need not have: the answers are those of a daemon that has them."""
+
+    QUEUE = {"index": 0, "loop": "io0", "running": True, "enabled": True, "size": 64, "packed": False, "in-flight": 2, "requests": 7,
+             "bytes-read": 4096, "bytes-written": 0, "kicks": 3, "signals": 4}
+    DEVICE = {"id": "disk", "name": "disk0", "writable": True, "logical-block-size": 512, "num-queues": 2, "queue-size": 256,
+              "serial": "", "attached": True, "taken-over": False, "running": True, "features-offered": 0x700000000,
+              "features": 0x300000000, "kept-for-restart": True,
+              "queues": [QUEUE, {**QUEUE, "index": 1, "running": False, "broken": "it makes no sense"}]}
+
+    def answer(self, listener, devices):
+        client, _ = listener.accept()
+        with client, client.makefile("rb") as stream:
+            client.sendall(b'{"QMP": {"version": {}, "capabilities": []}}\r\n')
+            decoder, text = json.JSONDecoder(), ""
+            while data := stream.read1():
+                text += data.decode()
+                while text := text.lstrip():
+                    try:
+                        message, end = decoder.raw_decode(text)
+                    except json.JSONDecodeError:
+                        break
+                    text = text[end:]
+                    command = message["execute"]
+                    value = {} if command == "qmp_capabilities" else devices if command == "query-vduse-exports" else []
+                    client.sendall(json.dumps({"return": value, "id": message.get("id")}).encode() + b"\r\n")
+
+    def status(self, *devices):
+        path = self.path("qmp.sock")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen(1)
+            thread = threading.Thread(target=self.answer, args=(listener, devices))
+            thread.start()
+            run = subprocess.run([GANTRY, "status", "--qmp", path], capture_output=True, text=True, timeout=DEADLINE)
+            thread.join(DEADLINE)
+        os.unlink(path)
+        self.assertEqual((run.returncode, run.stderr), (0, ""))
+        return run.stdout
+
+    def test_devices(self):
+        require_gantry("gantry status is ours")
+        text = self.status(self.DEVICE)
+        self.assertIn("vduse-blk export disk as VDUSE device disk0: attached, its driver runs; 1 queues run, 4 requests in flight; "
+                      "14 requests, 6 kicks, 8 signals, ", text)
+        self.assertIn("; features 0x300000000; survives a restart\n  queue 1 is not served any more: it makes no sense\n", text)
+        text = self.status({**self.DEVICE, "attached": False, "running": False, "queues": [], "kept-for-restart": False},
+                           {**self.DEVICE, "id": "two", "running": False, "kept-for-restart": False, "kept-reason": "nobody keeps it"})
+        self.assertIn("export disk as VDUSE device disk0: not attached to the vDPA bus; 0 queues run, ", text)
+        self.assertIn("export two as VDUSE device disk0: attached, no driver uses it; ", text)
+        self.assertIn("; does not survive a restart: nobody keeps it\n", text)
+
+    def test_a_daemon_without_any(self):
+        require_gantry("gantry status is ours")
+        daemon = self.daemon()
+        self.assertEqual(daemon.qmp.cmd("query-vduse-exports"), [])
+        run = subprocess.run([GANTRY, "status", "--qmp", daemon.qmp_path], capture_output=True, text=True, timeout=DEADLINE)
+        self.assertEqual((run.returncode, run.stderr), (0, ""))
+        self.assertNotIn("vduse", run.stdout)
 
 
 if __name__ == "__main__":

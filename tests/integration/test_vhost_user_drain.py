@@ -3,13 +3,16 @@
 
 import os
 import pathlib
+import struct
+import subprocess
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 import gantry_test
-from gantry_test import MIB, require_gantry, wait_for
+from gantry_test import GANTRY, MIB, require_gantry, wait_for
 from vhost_case import SIZE, VhostCase
 from vhost_disk import IN, OK, OUT, Model
+from vhost_front import Msg
 
 
 class Drains(VhostCase):
@@ -96,6 +99,28 @@ class Drains(VhostCase):
             self.assertEqual(two.read(n * 4096, 4096), one.read(n * 4096, 4096))
         requests = [disk.submit(OUT, 8 * n, b"o" * 4096) for n in range(30) for disk in (one, two)]
         wait_for(lambda: [d.reap(d.queues[0]) for d in (one, two)] and all(r.done for r in requests), "both")
+
+    def test_a_message_that_waits_for_requests_is_shown(self):
+        self.server = self.daemon(*self.stuck_node_option(), *self.export_option("stuck"))
+        disk = self.disk("stuck")
+        self.freeze()
+        requests = [disk.submit(OUT, 8 * n, b"w" * 4096) for n in range(3)]
+        wait_for(lambda: disk.taken() == 3, "the requests to be taken")
+        disk.connection.send(Msg.GET_VRING_BASE, struct.pack("=II", 0, 0))
+
+        def front():
+            return self.server.qmp.cmd("query-vhost-user-exports")[0]["front-end"]
+        wait_for(lambda: front().get("waits-for-answer-to") == "GET_VRING_BASE", "the message to wait")
+        self.assertEqual(front()["queues"][0]["in-flight"], 3)
+        status = subprocess.run([GANTRY, "status", "--qmp", self.server.qmp_path], capture_output=True, text=True, check=True).stdout
+        self.assertIn("1 queues run, 3 requests in flight; ", status)
+        self.assertIn("waits for the answer to GET_VRING_BASE", status)
+        self.thaw()
+        self.assertEqual(disk.connection.receive()[0], Msg.GET_VRING_BASE)
+        disk.reap(disk.queues[0])
+        self.assertTrue(all(request.done for request in requests))
+        self.assertNotIn("waits-for-answer-to", front())
+        self.assertEqual(front()["queues"][0]["in-flight"], 0)
 
     def test_queries_show_the_queues(self):
         self.serve(num_queues=2)

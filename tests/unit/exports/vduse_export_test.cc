@@ -5,6 +5,8 @@
 #include <random>
 #include <thread>
 
+#include "schema/schema.h"
+#include "schema/validate.h"
 #include "tests/support/vduse_disk.h"
 
 using namespace gantry;
@@ -97,7 +99,11 @@ TEST_CASE("vduse: a device is made, attached, used, reset, detached and destroye
     }
     CHECK(f.memory->contents()[0] == 0x40);
     CHECK(f.memory->contents()[4096] == 0x41);
-    const json::object details = exported->details();
+    json::object details = exported->details();
+    details["id"] = "e";
+    const auto listed =
+        schema::validate_value(*schema::find_command("query-vduse-exports")->returns, json::array{details});
+    CHECK((listed ? "" : listed.error().message()) == "");
     CHECK(details.at("running").as_bool());
     CHECK(details.at("kept-for-restart").as_bool());
     CHECK(details.at("queues").as_array().size() == 2);
