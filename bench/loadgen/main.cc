@@ -1,9 +1,9 @@
 // gantry-bench-load: loads one NBD export and reports what the server gave. See bench/README.md.
 
 #include <cstdio>
-#include <cstdlib>
 
 #include "bench/loadgen/options.h"
+#include "bench/loadgen/program.h"
 #include "bench/loadgen/run.h"
 
 namespace gantry::bench {
@@ -34,26 +34,10 @@ void print(const Options& options, const Report& report) {
                 static_cast<unsigned long long>(report.verified_bytes));
 }
 
-int main_with(int argc, char** argv) {
-    const auto options = parse_options(argc, argv);
-    if (!options) {
-        std::fprintf(stderr, "gantry-bench-load: %s\n", options.error().c_str());
-        return 2;
-    }
-    if (options->help) {
-        std::fputs(usage(), stdout);
-        return 0;
-    }
-    const auto report = run(*options);
-    if (!report) {
-        std::fprintf(stderr, "gantry-bench-load: %s\n", report.error().c_str());
-        return 1;
-    }
-    print(*options, *report);
-    return 0;
-}
-
 }  // namespace
 }  // namespace gantry::bench
 
-int main(int argc, char** argv) { return gantry::bench::main_with(argc, argv); }
+int main(int argc, char** argv) {
+    using namespace gantry::bench;
+    return gantry::bench::program("gantry-bench-load", argc, argv, parse_options, usage(), run, print);
+}

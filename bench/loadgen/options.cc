@@ -19,24 +19,12 @@ constexpr uint32_t kMaxDepth = 4096;
 constexpr uint32_t kMaxConnections = 1024;
 constexpr uint64_t kMaxVerifyBuffers = uint64_t{1} << 30;
 
-constexpr std::array<std::pair<std::string_view, Mode>, 6> kModes = {{
-    {"randread", Mode::kRandRead},
-    {"randwrite", Mode::kRandWrite},
-    {"randrw", Mode::kRandRw},
-    {"read", Mode::kRead},
-    {"write", Mode::kWrite},
-    {"connect", Mode::kConnect},
-}};
+constexpr ModeName kModes[] = {
+    {"randread", Mode::kRandRead}, {"randwrite", Mode::kRandWrite}, {"randrw", Mode::kRandRw},
+    {"read", Mode::kRead},         {"write", Mode::kWrite},         {"connect", Mode::kConnect},
+};
 
-Outcome<> parse_mode(std::string_view text, Options& options) {
-    const auto* found = std::ranges::find(kModes, text, &std::pair<std::string_view, Mode>::first);
-    if (found == kModes.end()) {
-        return failure("--rw=" + std::string(text) + ": expected randread, randwrite, randrw, read, write or connect");
-    }
-    options.mode = found->second;
-    options.mode_name = text;
-    return {};
-}
+constexpr CommonLimits kLimits = {kModes, kMaxPayloadBytes, kMaxDepth, kMaxConnections};
 
 void parse_tcp(const std::string& text, Options& options) {
     const size_t colon = text.rfind(':');
@@ -48,29 +36,17 @@ void parse_tcp(const std::string& text, Options& options) {
     }
 }
 
-constexpr option kLongOptions[] = {
+constexpr option kOwnOptions[] = {
     {"unix", required_argument, nullptr, 'u'},
     {"tcp", required_argument, nullptr, 't'},
     {"export", required_argument, nullptr, 'e'},
-    {"rw", required_argument, nullptr, 'w'},
-    {"bs", required_argument, nullptr, 'b'},
-    {"qd", required_argument, nullptr, 'q'},
     {"connections", required_argument, nullptr, 'c'},
-    {"threads", required_argument, nullptr, 'T'},
-    {"runtime", required_argument, nullptr, 'r'},
-    {"stall", required_argument, nullptr, 's'},
     {"limit", required_argument, nullptr, 'l'},
-    {"offset", required_argument, nullptr, 'o'},
-    {"size", required_argument, nullptr, 'z'},
     {"read-percent", required_argument, nullptr, 'p'},
-    {"seed", required_argument, nullptr, 'S'},
     {"socket-buffer", required_argument, nullptr, 'B'},
     {"structured", no_argument, nullptr, 'R'},
     {"verify", no_argument, nullptr, 'v'},
     {"fill", no_argument, nullptr, 'f'},
-    {"json", no_argument, nullptr, 'j'},
-    {"help", no_argument, nullptr, 'h'},
-    {nullptr, 0, nullptr, 0},
 };
 
 Outcome<> apply(int key, const char* text, Options& options) {
@@ -84,30 +60,12 @@ Outcome<> apply(int key, const char* text, Options& options) {
         case 'e':
             options.export_name = text;
             return {};
-        case 'w':
-            return parse_mode(text, options);
-        case 'b':
-            return assign(parse_size("bs", text, 512, kMaxPayloadBytes), options.block_bytes);
-        case 'q':
-            return assign(parse_size("qd", text, 1, kMaxDepth), options.depth);
         case 'c':
             return assign(parse_size("connections", text, 1, kMaxConnections), options.connections);
-        case 'T':
-            return assign(parse_size("threads", text, 1, kMaxConnections), options.threads);
-        case 'r':
-            return assign_time(parse_time("runtime", text), options.runtime_ns);
-        case 's':
-            return assign_time(parse_time("stall", text), options.stall_ns);
         case 'l':
             return assign_time(parse_time("limit", text), options.limit_ns);
-        case 'o':
-            return assign(parse_size("offset", text, 0, INT64_MAX), options.region_offset);
-        case 'z':
-            return assign(parse_size("size", text, 512, INT64_MAX), options.region_bytes);
         case 'p':
             return assign(parse_size("read-percent", text, 0, 100), options.read_percent);
-        case 'S':
-            return assign(parse_size("seed", text, 0, UINT64_MAX), options.seed);
         case 'B':
             return assign(parse_size("socket-buffer", text, 4096, 1u << 30), options.socket_buffer_bytes);
         case 'R':
@@ -119,14 +77,8 @@ Outcome<> apply(int key, const char* text, Options& options) {
         case 'f':
             options.fill = true;
             return {};
-        case 'j':
-            options.json = true;
-            return {};
-        case 'h':
-            options.help = true;
-            return {};
         default:
-            return failure("unknown option or missing value; --help lists what there is");
+            return apply_common(key, text, kLimits, options);
     }
 }
 
@@ -134,8 +86,6 @@ Outcome<> check(Options& options) {
     if (options.unix_path.empty() == options.tcp_host.empty()) {
         return failure("say where the server is: either --unix=PATH or --tcp=HOST[:PORT]");
     }
-    if (options.block_bytes % 512 != 0) return failure("--bs must be a multiple of 512");
-    if (options.region_offset % options.block_bytes != 0) return failure("--offset must be a multiple of --bs");
     if (options.export_name.size() > 4096) return failure("--export: a name has at most 4096 bytes");
     if (options.threads == 0 || options.threads > options.connections) options.threads = options.connections;
     const uint64_t buffers = uint64_t{options.connections} * options.depth * options.block_bytes;
@@ -148,16 +98,7 @@ Outcome<> check(Options& options) {
 }  // namespace
 
 Outcome<Options> parse_options(int argc, char** argv) {
-    Options options;
-    opterr = 0;
-    int key;
-    while ((key = getopt_long(argc, argv, "h", kLongOptions, nullptr)) != -1) {
-        BENCH_CHECK(apply(key, optarg, options));
-    }
-    if (options.help) return options;
-    if (optind < argc) return failure(std::string("unexpected argument '") + argv[optind] + "'");
-    BENCH_CHECK(check(options));
-    return options;
+    return parse_words<Options>(argc, argv, kOwnOptions, apply, check);
 }
 
 const char* usage() {

@@ -1,18 +1,17 @@
 #include "bench/loadgen/run.h"
 
+#include <poll.h>
+
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <thread>
 #include <vector>
 
-#include <poll.h>
-#include <sys/resource.h>
-
 #include "bench/loadgen/connect.h"
 #include "bench/loadgen/session.h"
+#include "bench/loadgen/threads.h"
 #include "bench/loadgen/wire.h"
 
 namespace gantry::bench {
@@ -20,36 +19,6 @@ namespace gantry::bench {
 namespace {
 
 using Sessions = std::vector<std::unique_ptr<Session>>;
-
-double process_cpu_seconds() {
-    rusage usage;
-    getrusage(RUSAGE_SELF, &usage);
-    const auto seconds = [](const timeval& t) {
-        return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_usec) / 1e6;
-    };
-    return seconds(usage.ru_utime) + seconds(usage.ru_stime);
-}
-
-/// Keeps the first failure of several threads, and tells the others to end.
-class FirstFailure {
-  public:
-    void set(std::string message) {
-        const std::lock_guard lock(mutex_);
-        if (message_.empty()) message_ = std::move(message);
-        failed_.store(true, std::memory_order_relaxed);
-    }
-    bool failed() const { return failed_.load(std::memory_order_relaxed); }
-    Outcome<> outcome() {
-        const std::lock_guard lock(mutex_);
-        if (failed()) return failure(message_);
-        return {};
-    }
-
-  private:
-    std::atomic<bool> failed_ = false;
-    std::mutex mutex_;
-    std::string message_;
-};
 
 /// One poll over `sessions`; then each gets its turn.
 Outcome<> poll_turn(std::span<std::unique_ptr<Session>> sessions, std::vector<pollfd>& polls) {
@@ -107,12 +76,7 @@ Outcome<> run_phase(Sessions& sessions, const Options& options, const Phase& pha
         }
         if (auto driven = drive(mine, failure_of_any); !driven) failure_of_any.set(driven.error());
     };
-    std::vector<std::thread> threads;
-    const size_t each = (sessions.size() + options.threads - 1) / options.threads;
-    for (size_t first = 0; first < sessions.size(); first += each) {
-        threads.emplace_back(serve, first, std::min(each, sessions.size() - first));
-    }
-    for (auto& thread : threads) thread.join();
+    in_shares(sessions.size(), options.threads, serve);
     return failure_of_any.outcome();
 }
 

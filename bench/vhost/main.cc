@@ -2,6 +2,7 @@
 
 #include <cstdio>
 
+#include "bench/loadgen/program.h"
 #include "bench/vhost/options.h"
 #include "bench/vhost/run.h"
 
@@ -37,26 +38,10 @@ void print(const Options& options, const Report& report) {
                 wide(report.signals), wide(report.sleeps));
 }
 
-int main_with(int argc, char** argv) {
-    const auto options = parse_options(argc, argv);
-    if (!options) {
-        std::fprintf(stderr, "gantry-bench-vhost: %s\n", options.error().c_str());
-        return 2;
-    }
-    if (options->help) {
-        std::fputs(usage(), stdout);
-        return 0;
-    }
-    const auto report = run(*options);
-    if (!report) {
-        std::fprintf(stderr, "gantry-bench-vhost: %s\n", report.error().c_str());
-        return 1;
-    }
-    print(*options, *report);
-    return 0;
-}
-
 }  // namespace
 }  // namespace gantry::bench::vhost
 
-int main(int argc, char** argv) { return gantry::bench::vhost::main_with(argc, argv); }
+int main(int argc, char** argv) {
+    using namespace gantry::bench::vhost;
+    return gantry::bench::program("gantry-bench-vhost", argc, argv, parse_options, usage(), run, print);
+}

@@ -18,44 +18,20 @@ constexpr uint32_t kMaxRing = 32768;
 constexpr uint32_t kMaxQueues = 256;
 constexpr uint64_t kMaxMemory = uint64_t{1} << 30;
 
-constexpr std::array<std::pair<std::string_view, Mode>, 4> kModes = {{
+constexpr ModeName kModes[] = {
     {"randread", Mode::kRandRead},
     {"randwrite", Mode::kRandWrite},
     {"read", Mode::kRead},
     {"write", Mode::kWrite},
-}};
+};
 
-Outcome<> parse_mode(std::string_view text, Options& options) {
-    const auto* found = std::ranges::find(kModes, text, &std::pair<std::string_view, Mode>::first);
-    if (found == kModes.end()) {
-        return failure("--rw=" + std::string(text) + ": expected randread, randwrite, read or write");
-    }
-    options.mode = found->second;
-    options.mode_name = text;
-    return {};
-}
+constexpr CommonLimits kLimits = {kModes, 32u << 20, kMaxRing, kMaxQueues};
 
-constexpr option kLongOptions[] = {
-    {"socket", required_argument, nullptr, 'u'},
-    {"rw", required_argument, nullptr, 'w'},
-    {"bs", required_argument, nullptr, 'b'},
-    {"qd", required_argument, nullptr, 'q'},
-    {"queues", required_argument, nullptr, 'Q'},
-    {"threads", required_argument, nullptr, 'T'},
-    {"ring-size", required_argument, nullptr, 'n'},
-    {"segments", required_argument, nullptr, 'g'},
-    {"runtime", required_argument, nullptr, 'r'},
-    {"stall", required_argument, nullptr, 's'},
-    {"offset", required_argument, nullptr, 'o'},
-    {"size", required_argument, nullptr, 'z'},
-    {"seed", required_argument, nullptr, 'S'},
-    {"packed", no_argument, nullptr, 'P'},
-    {"event-idx", no_argument, nullptr, 'E'},
-    {"indirect", no_argument, nullptr, 'I'},
-    {"spin", no_argument, nullptr, 'y'},
-    {"json", no_argument, nullptr, 'j'},
-    {"help", no_argument, nullptr, 'h'},
-    {nullptr, 0, nullptr, 0},
+constexpr option kOwnOptions[] = {
+    {"socket", required_argument, nullptr, 'u'},    {"queues", required_argument, nullptr, 'Q'},
+    {"ring-size", required_argument, nullptr, 'n'}, {"segments", required_argument, nullptr, 'g'},
+    {"packed", no_argument, nullptr, 'P'},          {"event-idx", no_argument, nullptr, 'E'},
+    {"indirect", no_argument, nullptr, 'I'},        {"spin", no_argument, nullptr, 'y'},
 };
 
 Outcome<> apply(int key, const char* text, Options& options) {
@@ -63,30 +39,12 @@ Outcome<> apply(int key, const char* text, Options& options) {
         case 'u':
             options.socket_path = text;
             return {};
-        case 'w':
-            return parse_mode(text, options);
-        case 'b':
-            return assign(parse_size("bs", text, 512, 32u << 20), options.block_bytes);
-        case 'q':
-            return assign(parse_size("qd", text, 1, kMaxRing), options.depth);
         case 'Q':
             return assign(parse_size("queues", text, 1, kMaxQueues), options.queues);
-        case 'T':
-            return assign(parse_size("threads", text, 1, kMaxQueues), options.threads);
         case 'n':
             return assign(parse_size("ring-size", text, 2, kMaxRing), options.ring_size);
         case 'g':
             return assign(parse_size("segments", text, 1, 1022), options.segments);
-        case 'r':
-            return assign_time(parse_time("runtime", text), options.runtime_ns);
-        case 's':
-            return assign_time(parse_time("stall", text), options.stall_ns);
-        case 'o':
-            return assign(parse_size("offset", text, 0, INT64_MAX), options.region_offset);
-        case 'z':
-            return assign(parse_size("size", text, 512, INT64_MAX), options.region_bytes);
-        case 'S':
-            return assign(parse_size("seed", text, 0, UINT64_MAX), options.seed);
         case 'P':
             options.packed = true;
             return {};
@@ -99,21 +57,13 @@ Outcome<> apply(int key, const char* text, Options& options) {
         case 'y':
             options.spin = true;
             return {};
-        case 'j':
-            options.json = true;
-            return {};
-        case 'h':
-            options.help = true;
-            return {};
         default:
-            return failure("unknown option or missing value; --help lists what there is");
+            return apply_common(key, text, kLimits, options);
     }
 }
 
 Outcome<> check(Options& options) {
     if (options.socket_path.empty()) return failure("say where the server is: --socket=PATH");
-    if (options.block_bytes % 512 != 0) return failure("--bs must be a multiple of 512");
-    if (options.region_offset % options.block_bytes != 0) return failure("--offset must be a multiple of --bs");
     if (options.block_bytes / 512 % options.segments != 0) {
         return failure("--segments must divide --bs into pieces of whole sectors");
     }
@@ -136,16 +86,7 @@ Outcome<> check(Options& options) {
 }  // namespace
 
 Outcome<Options> parse_options(int argc, char** argv) {
-    Options options;
-    opterr = 0;
-    int key;
-    while ((key = getopt_long(argc, argv, "h", kLongOptions, nullptr)) != -1) {
-        BENCH_CHECK(apply(key, optarg, options));
-    }
-    if (options.help) return options;
-    if (optind < argc) return failure(std::string("unexpected argument '") + argv[optind] + "'");
-    BENCH_CHECK(check(options));
-    return options;
+    return parse_words<Options>(argc, argv, kOwnOptions, apply, check);
 }
 
 const char* usage() {

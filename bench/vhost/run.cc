@@ -1,17 +1,15 @@
 #include "bench/vhost/run.h"
 
 #include <poll.h>
-#include <sys/resource.h>
 
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <string>
-#include <thread>
 #include <vector>
 
+#include "bench/loadgen/threads.h"
 #include "bench/vhost/queue.h"
 
 namespace gantry::bench::vhost {
@@ -22,40 +20,12 @@ using Queues = std::vector<std::unique_ptr<Queue>>;
 
 constexpr unsigned kIdleTurnsPerClock = 1024;  // of a spinning thread
 
-double process_cpu_seconds() {
-    rusage usage;
-    getrusage(RUSAGE_SELF, &usage);
-    const auto seconds = [](const timeval& t) {
-        return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_usec) / 1e6;
-    };
-    return seconds(usage.ru_utime) + seconds(usage.ru_stime);
-}
-
 /// What the threads share.
-class Common {
-  public:
+struct Common : FirstFailure {
     explicit Common(const Options& options) : options(options) {}
-
-    void fail(std::string message) {
-        const std::lock_guard lock(mutex_);
-        if (message_.empty()) message_ = std::move(message);
-        failed_.store(true, std::memory_order_relaxed);
-    }
-    bool failed() const { return failed_.load(std::memory_order_relaxed); }
-    Outcome<> outcome() {
-        const std::lock_guard lock(mutex_);
-        if (failed()) return failure(message_);
-        return {};
-    }
-
     const Options& options;
     int64_t deadline = 0;
     std::atomic<uint64_t> sleeps = 0;
-
-  private:
-    std::atomic<bool> failed_ = false;
-    std::mutex mutex_;
-    std::string message_;
 };
 
 /// One thread's queues.
@@ -161,14 +131,10 @@ Outcome<Queues> make_queues(const Options& options, const SharedMemory& memory, 
 }
 
 Outcome<> load(Queues& queues, Common& common) {
-    std::vector<std::thread> threads;
-    const size_t each = (queues.size() + common.options.threads - 1) / common.options.threads;
-    const auto serve = [&](size_t first) {
-        Worker worker(std::span(queues).subspan(first, std::min(each, queues.size() - first)), common);
-        if (auto driven = worker.drive(); !driven) common.fail(driven.error());
-    };
-    for (size_t first = 0; first < queues.size(); first += each) threads.emplace_back(serve, first);
-    for (auto& thread : threads) thread.join();
+    in_shares(queues.size(), common.options.threads, [&](size_t first, size_t count) {
+        Worker worker(std::span(queues).subspan(first, count), common);
+        if (auto driven = worker.drive(); !driven) common.set(driven.error());
+    });
     return common.outcome();
 }
 
