@@ -1,20 +1,16 @@
 #!/usr/bin/env python3
 """The load generator of bench/ against nbdkit and against servers that lie: what it reports, what it refuses, when it ends."""
 
-import json
 import os
-import shutil
+import pathlib
 import socket
 import struct
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-import unittest
 
-GENERATOR = os.path.join(os.environ.get("GANTRY_BUILD", "build/debug"), "gantry-bench-load")
-MIB = 1 << 20
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
+from generator_case import MIB, GeneratorCase, Liar, main
 
 
 class Nbdkit:
@@ -37,63 +33,26 @@ class Nbdkit:
         self.listener.close()
 
 
-class Liar:
-    """A server that negotiates properly (1 MiB, simple replies) and then answers each request with `answer(request)`."""
+class Nbd(Liar):
+    """Negotiates properly (1 MiB, simple replies) and then answers each request with `answer(request)`."""
 
     def __init__(self, path, answer):
         self.answer = answer
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(path)
-        self.listener.listen(1)
-        self.thread = threading.Thread(target=self.serve)
-        self.thread.start()
+        super().__init__(path)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-        self.thread.join(20)
-
-    def serve(self):
-        try:
-            client, _ = self.listener.accept()
-        except OSError:
-            return
-        with client, client.makefile("rb") as stream:
-            client.sendall(b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3))
-            stream.read(4)
-            _, option, length = struct.unpack(">8sII", stream.read(16))
-            stream.read(length)
-            reply = struct.pack(">QI", 0x3E889045565A9, option)
-            client.sendall(reply + struct.pack(">IIHQH", 3, 12, 0, MIB, 1) + reply + struct.pack(">II", 1, 0))
-            while request := stream.read(28):
-                try:
-                    client.sendall(self.answer(request))
-                except OSError:
-                    return
+    def talk(self, client, stream):
+        client.sendall(b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3))
+        stream.read(4)
+        _, option, length = struct.unpack(">8sII", stream.read(16))
+        stream.read(length)
+        reply = struct.pack(">QI", 0x3E889045565A9, option)
+        client.sendall(reply + struct.pack(">IIHQH", 3, 12, 0, MIB, 1) + reply + struct.pack(">II", 1, 0))
+        while request := stream.read(28):
+            client.sendall(self.answer(request))
 
 
-class LoadGenerator(unittest.TestCase):
-    def setUp(self):
-        self.directory = tempfile.TemporaryDirectory()
-        self.addCleanup(self.directory.cleanup)
-        self.socket = os.path.join(self.directory.name, "nbd")
-
-    def run_generator(self, *arguments):
-        return subprocess.run([GENERATOR, "--unix=" + self.socket, *arguments], capture_output=True, text=True, timeout=60)
-
-    def measure(self, *arguments):
-        done = self.run_generator("--json", "--runtime=200ms", *arguments)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        return json.loads(done.stdout)
-
-    def refuse(self, status, sentence, *arguments):
-        done = self.run_generator("--runtime=200ms", *arguments)
-        self.assertEqual(done.returncode, status, done.stdout + done.stderr)
-        self.assertIn(sentence, done.stderr)
-        self.assertEqual(done.stderr.count("\n"), 1, "one sentence is expected: " + done.stderr)
+class LoadGenerator(GeneratorCase):
+    PROGRAM, SOCKET, RUNTIME = "gantry-bench-load", "unix", "200ms"
 
     def test_numbers_agree_with_each_other(self):
         with Nbdkit(self.socket, "memory", "16M"):
@@ -163,7 +122,7 @@ class LoadGenerator(unittest.TestCase):
 
     def test_silent_server_ends_the_run(self):
         begun = time.monotonic()
-        with Liar(self.socket, lambda request: b""):
+        with Nbd(self.socket, lambda request: b""):
             self.refuse(1, "the server has not answered for 300 ms; 4 requests are outstanding", "--qd=4", "--stall=300ms")
         self.assertLess(time.monotonic() - begun, 10)
 
@@ -175,7 +134,7 @@ class LoadGenerator(unittest.TestCase):
         for number, (sentence, answer) in enumerate(lies.items()):
             with self.subTest(sentence=sentence):
                 self.socket = os.path.join(self.directory.name, "liar.%d" % number)
-                with Liar(self.socket, answer):
+                with Nbd(self.socket, answer):
                     self.refuse(1, sentence, "--qd=1")
 
     def test_wrong_usage_is_refused(self):
@@ -186,8 +145,4 @@ class LoadGenerator(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    for tool in (GENERATOR, "nbdkit"):
-        if not shutil.which(tool):
-            print("skipped: %s is missing" % tool)
-            sys.exit(77)
-    unittest.main()
+    main(LoadGenerator.PROGRAM, "nbdkit")

@@ -3,56 +3,33 @@
 refuses, when it ends."""
 # One configuration: no program of ours but the generator takes part.
 
-import json
 import os
-import shutil
-import socket
+import pathlib
 import struct
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-import unittest
 
-GENERATOR = os.path.join(os.environ.get("GANTRY_BUILD", "build/debug"), "gantry-bench-vhost")
-MIB = 1 << 20
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
+from gantry_test import wait_for
+from generator_case import MIB, GeneratorCase, Liar, main
+
 VERSION_1, PROTOCOL = 1 << 32, 1 << 30
 
 
-class Liar:
-    """A server that answers each message by what `answers` says: {request: payload}; the others are ignored."""
+class BackEnd(Liar):
+    """Answers each message by what `answers` says: {request: payload}; the others are ignored."""
 
     def __init__(self, path, answers):
         self.answers = answers
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(path)
-        self.listener.listen(1)
-        self.thread = threading.Thread(target=self.serve)
-        self.thread.start()
+        super().__init__(path)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-        self.thread.join(20)
-
-    def serve(self):
-        try:
-            client, _ = self.listener.accept()
-        except OSError:
-            return
-        with client, client.makefile("rb") as stream:
-            try:
-                while len(header := stream.read(12)) == 12:
-                    request, _, size = struct.unpack("=III", header)
-                    stream.read(size)
-                    if (payload := self.answers.get(request)) is not None:
-                        client.sendall(struct.pack("=III", request, 5, len(payload)) + payload)
-            except OSError:
-                return  # it has left with something unread
+    def talk(self, client, stream):
+        while len(header := stream.read(12)) == 12:
+            request, _, size = struct.unpack("=III", header)
+            stream.read(size)
+            if (payload := self.answers.get(request)) is not None:
+                client.sendall(struct.pack("=III", request, 5, len(payload)) + payload)
 
 
 def config(sectors, block=512):
@@ -60,11 +37,11 @@ def config(sectors, block=512):
     return struct.pack("=III", 0, 60, 0) + struct.pack("=QIIIIQQIIII", sectors, 0, 126, 0, block, 0, 0, 0, 0, 0, 0)[:60].ljust(60, b"\0")
 
 
-class VhostGenerator(unittest.TestCase):
+class VhostGenerator(GeneratorCase):
+    PROGRAM, SOCKET, RUNTIME = "gantry-bench-vhost", "socket", "100ms"
+
     def setUp(self):
-        self.directory = tempfile.TemporaryDirectory()
-        self.addCleanup(self.directory.cleanup)
-        self.socket = os.path.join(self.directory.name, "vhost")
+        super().setUp()
         self.honest = {1: struct.pack("=Q", VERSION_1 | PROTOCOL), 15: struct.pack("=Q", 1 << 9), 24: config(MIB // 512),
                        11: struct.pack("=II", 0, 0)}
 
@@ -74,23 +51,11 @@ class VhostGenerator(unittest.TestCase):
              "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path=%s,%s" % (self.socket, export)])
         self.addCleanup(process.wait)
         self.addCleanup(process.terminate)
-        end = time.monotonic() + 20
-        while not os.path.exists(self.socket) and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.001)
 
-    def run_generator(self, *arguments):
-        return subprocess.run([GENERATOR, "--socket=" + self.socket, *arguments], capture_output=True, text=True, timeout=60)
-
-    def measure(self, *arguments):
-        done = self.run_generator("--json", "--runtime=100ms", *arguments)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        return json.loads(done.stdout)
-
-    def refuse(self, status, sentence, *arguments):
-        done = self.run_generator("--runtime=100ms", *arguments)
-        self.assertEqual(done.returncode, status, done.stdout + done.stderr)
-        self.assertIn(sentence, done.stderr)
-        self.assertEqual(done.stderr.count("\n"), 1, "one sentence is expected: " + done.stderr)
+        def listening():
+            self.assertIsNone(process.poll(), "the server has ended")
+            return os.path.exists(self.socket)
+        wait_for(listening, "the server's socket")
 
     def test_numbers_agree_with_each_other(self):
         self.serve("driver=null-co,node-name=disk,size=16777216,read-zeroes=on")
@@ -145,7 +110,7 @@ class VhostGenerator(unittest.TestCase):
         begun = time.monotonic()
         for way in ([], ["--spin"]):
             self.socket = os.path.join(self.directory.name, "silent%d" % len(way))
-            with Liar(self.socket, self.honest):
+            with BackEnd(self.socket, self.honest):
                 self.refuse(1, "the server has not answered for 200 ms; 4 requests are outstanding", "--qd=4", "--stall=200ms", *way)
         self.assertLess(time.monotonic() - begun, 10)
 
@@ -159,7 +124,7 @@ class VhostGenerator(unittest.TestCase):
         for number, (sentence, answers) in enumerate(lies.items()):
             with self.subTest(sentence=sentence):
                 self.socket = os.path.join(self.directory.name, "liar.%d" % number)
-                with Liar(self.socket, answers):
+                with BackEnd(self.socket, answers):
                     self.refuse(1, sentence, "--stall=200ms")
 
     def test_wrong_usage_is_refused(self):
@@ -172,8 +137,4 @@ class VhostGenerator(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    for tool in (GENERATOR, "qemu-storage-daemon"):
-        if not shutil.which(tool):
-            print("skipped: %s is missing" % tool)
-            sys.exit(77)
-    unittest.main()
+    main(VhostGenerator.PROGRAM, "qemu-storage-daemon")
