@@ -294,7 +294,8 @@ bool ClassicQueue::worth_staying() {
 
 Task<void> ClassicQueue::wait_for_request() {
     // Each request wakes one queue, not all.
-    CancellableIo poll(io_poll(fd_, EPOLLIN | EPOLLEXCLUSIVE));
+    const bool crowded = index_ == 0 && siblings_.crowded_until > Clock::now();
+    CancellableIo poll(io_poll(fd_, EPOLLIN | (crowded ? 0u : EPOLLEXCLUSIVE)));
     polling_ = &poll;
     const int events = co_await poll;
     polling_ = nullptr;

@@ -9,6 +9,7 @@
 #include "fuse/tactics.h"
 #include "runtime/buffer.h"
 #include "runtime/io.h"
+#include "runtime/loop.h"
 #include "runtime/sync.h"
 #include "runtime/task_scope.h"
 
@@ -21,6 +22,9 @@ class ClassicQueue;
 class ClassicQueues {
   public:
     std::vector<std::unique_ptr<ClassicQueue>> all;  // complete before the first runs
+    /// Until then every request wakes the first queue, not just one of those that wait: what a killed process waited
+    /// with goes away some time after it, and a request that wakes that alone would not be seen. Set before they run.
+    Clock::time_point crowded_until{};
 
     /// Lets one more queue wait for requests.
     void call_another();

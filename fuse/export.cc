@@ -10,6 +10,13 @@
 
 namespace gantry::fuse {
 
+namespace {
+
+/// What a killed process waited with has gone by then.
+constexpr std::chrono::seconds kPredecessorGone{10};
+
+}  // namespace
+
 const exports::ExportType kFuseExportType = {"fuse", &FuseExport::create};
 
 Result<std::unique_ptr<exports::Export>> FuseExport::create(exports::ExportContext context) {
@@ -151,6 +158,7 @@ Task<Result<>> FuseExport::start_queues() {
         queues_.all.push_back(
             std::make_unique<ClassicQueue>(*context_.loops[i], fd, i, *service_, *channels[i], queues_));
     }
+    if (legacy_) queues_.crowded_until = Clock::now() + kPredecessorGone;
     keep();
     for (const auto& queue : queues_.all) scope_.spawn(run_queue(queue.get()));
     if (!agreed_.has(kOverIoUring)) {

@@ -303,6 +303,20 @@ class Restart(FuseCase):
         os.close(fd)
         self.end(manager)
 
+    def test_wakings_that_the_killed_process_takes(self):
+        """The kernel removes what a process has waited with some time after it has gone; until then requests wake that."""
+        manager = self.served()
+        fd = self.opened(manager.path, os.O_RDWR)
+        manager.kill()
+        self.remove_socket()
+        manager.take_wakings()
+        manager.start()
+        for number in range(50):
+            self.assertEqual(os.pwrite(fd, b"%04d" % number, 0), 4)
+            self.assertEqual(os.pread(fd, 4, 0), b"%04d" % number)
+        os.close(fd)
+        self.end(manager)
+
     def test_hand_over_at_sigterm(self):
         """--hand-over: an orderly end leaves the file to the next process."""
         manager = self.served("qcow2", 32 << 20)

@@ -8,6 +8,7 @@ serves it, waits (closing a file in the child asks its server).
 import array
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -142,6 +143,18 @@ class Manager:
                 os.close(entry[1])
                 count -= 1
 
+    def take_wakings(self):
+        """Waits for requests in the first place, where each wakes one of those that wait, and does nothing about them."""
+        epoll = select.epoll()
+        for _, fd in self.stored:
+            if os.readlink(f"/proc/self/fd/{fd}") == "/dev/fuse":
+                epoll.register(fd, select.EPOLLIN | select.EPOLLET | select.EPOLLEXCLUSIVE)
+
+        def wait():
+            while True:
+                epoll.poll()
+        threading.Thread(target=wait, daemon=True).start()
+
     def run(self, words):
         done = subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE, check=False, stdin=subprocess.DEVNULL)
         return [done.returncode, done.stdout + done.stderr]
@@ -195,6 +208,9 @@ class ServiceManager:
 
     def names(self):
         return self.ask("names")
+
+    def take_wakings(self):
+        self.ask("take_wakings")
 
     def run(self, *words):
         """A command that opens no file of the test's."""
