@@ -10,48 +10,19 @@
 #include "block/graph.h"
 #include "fuse/init.h"
 #include "fuse/service.h"
+#include "tests/fuzz/input.h"
 #include "tests/support/memory_node.h"
 #include "tests/support/test_runtime.h"
 
 using namespace gantry;
 using namespace gantry::fuse;
+using gantry::fuzz::Input;
 
 namespace {
 
 constexpr uint64_t kSize = 65536 + 123;
 constexpr uint64_t kLargest = 4 << 20;  // what the node may grow to
 constexpr uint32_t kRoom = 65536;
-
-void expect(bool holds, const char* what) {
-    if (holds) return;
-    std::fprintf(stderr, "does not hold: %s\n", what);
-    std::abort();
-}
-#define EXPECT(condition) expect(condition, #condition)
-
-class Input {
-  public:
-    Input(const uint8_t* data, size_t size) : data_(data), size_(size) {}
-    bool empty() const { return size_ == 0; }
-    uint8_t byte() {
-        uint8_t value = 0;
-        fill(&value, 1);
-        return value;
-    }
-    /// What is not there is 0.
-    void fill(void* to, size_t n) {
-        if (n == 0) return;
-        const size_t have = std::min(n, size_);
-        std::memset(to, 0, n);
-        if (have) std::memcpy(to, data_, have);
-        data_ += have;
-        size_ -= have;
-    }
-
-  private:
-    const uint8_t* data_;
-    size_t size_;
-};
 
 struct World {
     World() {

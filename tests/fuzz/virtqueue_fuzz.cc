@@ -13,35 +13,17 @@
 #include "exports/virtio/chain_reader.h"
 #include "exports/virtio/ring.h"
 #include "exports/virtio/shared.h"
+#include "tests/fuzz/input.h"
 #include "tests/support/virtio_driver.h"
-
-#define EXPECT(cond)                                                \
-    do {                                                            \
-        if (!(cond)) {                                              \
-            std::fprintf(stderr, "line %d: %s\n", __LINE__, #cond); \
-            std::abort();                                           \
-        }                                                           \
-    } while (0)
 
 namespace {
 
 using namespace gantry;
 using namespace gantry::virtio;
+using gantry::fuzz::Input;
 using gantry::test::Driver;
 using gantry::test::Guest;
 using gantry::test::Piece;
-
-struct Input {
-    const uint8_t* data;
-    size_t size;
-    bool empty() const { return size == 0; }
-    uint8_t byte() {
-        if (size == 0) return 0;
-        --size;
-        return *data++;
-    }
-    uint16_t word() { return static_cast<uint16_t>(byte() | byte() << 8); }
-};
 
 constexpr uint64_t kNear = 0x10000, kNearSize = 0x8000, kNext = kNear + kNearSize, kNextSize = 0x1000;
 constexpr uint64_t kFar = 0x100000, kFarSize = 0x1000;

@@ -285,6 +285,14 @@ struct VduseFixture {
     auto drive(Fn fn) {
         return runtime.run([](Fn f) -> Task<decltype(fn())> { co_return co_await run_blocking(std::move(f)); }(fn));
     }
+    /// An export, attached, with a driver that uses it.
+    VduseDisk driven(json::object options = {}, DiskShape shape = {}) {
+        if (const std::string error = add(std::move(options)); !error.empty()) throw std::runtime_error(error);
+        if (drive([this] { return process.kernel.attach("vd0"); }) != 0) throw std::runtime_error("not attached");
+        VduseDisk disk(process.kernel, shape);
+        if (drive([&disk] { return disk.bring_up(); }) != 0) throw std::runtime_error("the driver was refused");
+        return disk;
+    }
     bool reaped(VduseDisk& disk, uint32_t q, size_t count, std::vector<VduseDisk::Done>* all = nullptr) {
         size_t have = 0;
         return eventually([&] {

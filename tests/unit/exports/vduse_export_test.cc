@@ -130,10 +130,7 @@ TEST_CASE("vduse: requests through split and packed rings on several queues", "[
     CAPTURE(packed, event_idx, queues);
     VduseFixture f;
     VduseKernel& kernel = f.process.kernel;
-    REQUIRE(f.add({{"num-queues", queues}}) == "");
-    REQUIRE(f.drive([&] { return kernel.attach("vd0"); }) == 0);
-    VduseDisk disk(kernel, {.packed = packed, .event_idx = event_idx, .queues = queues});
-    REQUIRE(f.drive([&] { return disk.bring_up(); }) == 0);
+    VduseDisk disk = f.driven({{"num-queues", queues}}, {.packed = packed, .event_idx = event_idx, .queues = queues});
     exercise(f, disk, 1500, queues);
     f.drive([&] { kernel.detach("vd0"); });
 }
@@ -141,10 +138,7 @@ TEST_CASE("vduse: requests through split and packed rings on several queues", "[
 TEST_CASE("vduse: a reset waits for requests that are under way", "[vduse]") {
     VduseFixture f;
     VduseKernel& kernel = f.process.kernel;
-    REQUIRE(f.add() == "");
-    REQUIRE(f.drive([&] { return kernel.attach("vd0"); }) == 0);
-    VduseDisk disk(kernel, {});
-    REQUIRE(f.drive([&] { return disk.bring_up(); }) == 0);
+    VduseDisk disk = f.driven();
     f.memory->hold = true;
     for (unsigned i = 0; i < 5; ++i) REQUIRE(disk.submit(0, BlkType::kOut, i * 8, 7));
     REQUIRE(f.eventually([&] { return f.memory->held == 5; }));
@@ -197,10 +191,7 @@ TEST_CASE("vduse: a reset waits for requests that are under way", "[vduse]") {
 TEST_CASE("vduse: the driver's memory changes while it works", "[vduse]") {
     VduseFixture f;
     VduseKernel& kernel = f.process.kernel;
-    REQUIRE(f.add({{"num-queues", 2}}) == "");
-    REQUIRE(f.drive([&] { return kernel.attach("vd0"); }) == 0);
-    VduseDisk disk(kernel, {.queues = 2});
-    REQUIRE(f.drive([&] { return disk.bring_up(); }) == 0);
+    VduseDisk disk = f.driven({{"num-queues", 2}}, {.queues = 2});
     exercise(f, disk, 50, 4);
 
     SECTION("requests that are under way end before that is answered") {
@@ -301,10 +292,7 @@ TEST_CASE("vduse: where a queue is can be asked, and what is not known is refuse
     const bool packed = GENERATE(false, true);
     VduseFixture f;
     VduseKernel& kernel = f.process.kernel;
-    REQUIRE(f.add() == "");
-    REQUIRE(f.drive([&] { return kernel.attach("vd0"); }) == 0);
-    VduseDisk disk(kernel, {.packed = packed});
-    REQUIRE(f.drive([&] { return disk.bring_up(); }) == 0);
+    VduseDisk disk = f.driven({}, {.packed = packed});
     for (unsigned i = 0; i < 3; ++i) {
         REQUIRE(disk.submit(0, BlkType::kFlush, 16));
         REQUIRE(f.reaped(disk, 0, 1));
@@ -405,10 +393,7 @@ TEST_CASE("vduse: a ring that makes no sense is not served, the others are", "[v
 TEST_CASE("vduse: memory that the driver lets us only read is only read", "[vduse]") {
     VduseFixture f;
     VduseKernel& kernel = f.process.kernel;
-    REQUIRE(f.add() == "");
-    REQUIRE(f.drive([&] { return kernel.attach("vd0"); }) == 0);
-    VduseDisk disk(kernel, {});
-    REQUIRE(f.drive([&] { return disk.bring_up(); }) == 0);
+    VduseDisk disk = f.driven();
     Guest rom({{0x2000, 0x2000}});
     auto maps = disk.maps();
     maps.push_back({0x2000, 0x3fff, 0, rom.fd(0), VDUSE_ACCESS_RO});

@@ -124,10 +124,7 @@ TEST_CASE("vduse: a call that fails when a driver begins is a refusal to it", "[
 TEST_CASE("vduse: an export whose device has failed is removed when it is detached", "[vduse]") {
     VduseFixture f;
     VduseKernel& kernel = f.process.kernel;
-    REQUIRE(f.add() == "");
-    REQUIRE(f.drive([&] { return kernel.attach("vd0"); }) == 0);
-    VduseDisk disk(kernel, {});
-    REQUIRE(f.drive([&] { return disk.bring_up(); }) == 0);
+    VduseDisk disk = f.driven();
     SECTION("messages cannot be read") { kernel.fail(VduseKernel::kRead, EIO); }
     SECTION("answers are lost") {
         kernel.set_patience(200ms);
@@ -149,10 +146,7 @@ TEST_CASE("vduse: hard removal of an attached device fails its requests until it
     const bool packed = GENERATE(false, true);
     VduseFixture f;
     VduseKernel& kernel = f.process.kernel;
-    REQUIRE(f.add({{"num-queues", 2}}) == "");
-    REQUIRE(f.drive([&] { return kernel.attach("vd0"); }) == 0);
-    VduseDisk disk(kernel, {.packed = packed, .queues = 2});
-    REQUIRE(f.drive([&] { return disk.bring_up(); }) == 0);
+    VduseDisk disk = f.driven({{"num-queues", 2}}, {.packed = packed, .queues = 2});
     REQUIRE(disk.submit(1, BlkType::kOut, 8, 9));
     std::vector<VduseDisk::Done> done;
     REQUIRE(f.reaped(disk, 1, 1, &done));
@@ -185,10 +179,7 @@ TEST_CASE("vduse: where a device is whose requests are refused", "[vduse]") {
     CAPTURE(packed);
     VduseFixture f;
     VduseKernel& kernel = f.process.kernel;
-    REQUIRE(f.add() == "");
-    REQUIRE(f.drive([&] { return kernel.attach("vd0"); }) == 0);
-    VduseDisk disk(kernel, {.packed = packed});
-    REQUIRE(f.drive([&] { return disk.bring_up(); }) == 0);
+    VduseDisk disk = f.driven({}, {.packed = packed});
     REQUIRE(disk.submit(0, BlkType::kFlush, 0));
     REQUIRE(f.reaped(disk, 0, 1));
     REQUIRE(f.remove(RemoveMode::kHard) == "");
@@ -313,10 +304,7 @@ TEST_CASE("vduse: the requests of a killed process are answered by the next one,
     VduseFixture f;
     VduseKernel& kernel = f.process.kernel;
     constexpr uint32_t kQueues = 3;
-    REQUIRE(f.add({{"num-queues", kQueues}}) == "");
-    REQUIRE(f.drive([&] { return kernel.attach("vd0"); }) == 0);
-    VduseDisk disk(kernel, {.packed = packed, .event_idx = event_idx, .queues = kQueues});
-    REQUIRE(f.drive([&] { return disk.bring_up(); }) == 0);
+    VduseDisk disk = f.driven({{"num-queues", kQueues}}, {.packed = packed, .event_idx = event_idx, .queues = kQueues});
     // Some are answered, some taken and held, and of one queue none.
     unsigned held = 0;
     for (uint32_t q = 0; q < 2; ++q) {
@@ -477,10 +465,7 @@ TEST_CASE("vduse: a process is killed between a reset and the next start", "[vdu
     CAPTURE(packed, keeps);
     VduseFixture f(keeps);
     VduseKernel& kernel = f.process.kernel;
-    REQUIRE(f.add() == "");
-    REQUIRE(f.drive([&] { return kernel.attach("vd0"); }) == 0);
-    VduseDisk disk(kernel, {.packed = packed});
-    REQUIRE(f.drive([&] { return disk.bring_up(); }) == 0);
+    VduseDisk disk = f.driven({}, {.packed = packed});
     for (unsigned i = 0; i < 10; ++i) {
         REQUIRE(disk.submit(0, BlkType::kOut, i * 8, 1));
         REQUIRE(f.reaped(disk, 0, 1));
@@ -505,10 +490,7 @@ TEST_CASE("vduse: a process is killed between a reset and the next start", "[vdu
 TEST_CASE("vduse: without a keeper a device is taken over when nothing is in flight", "[vduse]") {
     VduseFixture f(false);
     VduseKernel& kernel = f.process.kernel;
-    REQUIRE(f.add() == "");
-    REQUIRE(f.drive([&] { return kernel.attach("vd0"); }) == 0);
-    VduseDisk disk(kernel, {});
-    REQUIRE(f.drive([&] { return disk.bring_up(); }) == 0);
+    VduseDisk disk = f.driven();
     CHECK_FALSE(f.process.registry.find("e")->details().at("kept-for-restart").as_bool());
     for (unsigned i = 0; i < 100; ++i) {
         REQUIRE(disk.submit(0, BlkType::kOut, i * 8, 3));
@@ -544,10 +526,7 @@ TEST_CASE("vduse: the end of the process leaves what is attached to the next one
     const bool hand_over = GENERATE(false, true);
     VduseFixture f;
     VduseKernel& kernel = f.process.kernel;
-    REQUIRE(f.add() == "");
-    REQUIRE(f.drive([&] { return kernel.attach("vd0"); }) == 0);
-    VduseDisk disk(kernel, {});
-    REQUIRE(f.drive([&] { return disk.bring_up(); }) == 0);
+    VduseDisk disk = f.driven();
     REQUIRE(disk.submit(0, BlkType::kOut, 8, 9));
     REQUIRE(f.reaped(disk, 0, 1));
     if (hand_over) f.process.keeper.leaving = exports::Keeper::Leave::kEverything;
