@@ -75,7 +75,8 @@ std::string VduseExport::user() const { return fmt::format("export '{}': VDUSE d
 uint64_t VduseExport::offered() const { return (blk_->features() & ~virtio::kBlkConfigWce) | virtio::kAccessPlatform; }
 
 Task<Result<>> VduseExport::start() {
-    blk_ = std::make_unique<virtio::BlkDevice>(virtio::complete(options_.shape, context_), root().node().size());
+    blk_ = std::make_unique<virtio::BlkDevice>(
+        virtio::complete(options_.shape, context_.options, writable(), root().node()), root().node().size());
     service_ = std::make_unique<virtio::BlkService>(*blk_);
     const virtio::BlkDevice::Config config = blk_->config();
     const DeviceShape described{.name = options_.name,

@@ -67,7 +67,8 @@ block::EdgePerms VhostUserExport::perms() const {
 
 Task<Result<>> VhostUserExport::start() {
     CO_TRY(entrance_, open_entrance(options_.address, context_.resolve_fd));
-    device_ = std::make_unique<Device>(id(), root(), context_.loops, virtio::complete(options_.shape, context_));
+    device_ = std::make_unique<Device>(id(), root(), context_.loops,
+                                       virtio::complete(options_.shape, context_.options, writable(), root().node()));
     device_->on_fault = [this](size_t index, const std::string&) {
         if (session_) session_->queue_broke(index);
     };

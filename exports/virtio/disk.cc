@@ -30,13 +30,13 @@ Result<uint32_t> check_block_size(const std::string& id, uint64_t value) {
     return static_cast<uint32_t>(value);
 }
 
-BlkShape complete(BlkShape options, const exports::ExportContext& context) {
-    const block::Limits& limits = context.root->node().limits();
-    options.writable = context.writable;
-    options.write_cache = !schema::Options(context.options).flag("writethrough");
-    options.physical_block_size = std::max(limits.request_alignment, options.block_size);
-    options.optimal_io_size = limits.optimal_transfer;
-    return options;
+BlkShape complete(BlkShape shape, const json::object& options, bool writable, const block::Node& node) {
+    const block::Limits& limits = node.limits();
+    shape.writable = writable;
+    shape.write_cache = !schema::Options(options).flag("writethrough");
+    shape.physical_block_size = std::max(limits.request_alignment, shape.block_size);
+    shape.optimal_io_size = limits.optimal_transfer;
+    return shape;
 }
 
 std::string requests_left(std::span<const Virtqueue* const> queues) {

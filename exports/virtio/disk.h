@@ -5,10 +5,11 @@
 #include <span>
 #include <string>
 
-#include "exports/export.h"
+#include "block/node.h"
 #include "exports/virtio/blk_device.h"
 #include "exports/virtio/ring.h"
 #include "exports/virtio/virtqueue.h"
+#include "schema/value.h"
 
 namespace gantry::virtio {
 
@@ -19,8 +20,8 @@ bool is_queue_size(uint64_t value);
 /// The option logical-block-size of export `id`, in bytes. kInvalid in the words of the reference.
 Result<uint32_t> check_block_size(const std::string& id, uint64_t value);
 
-/// `options` with what the export and the limits of its node say. Main loop.
-BlkShape complete(BlkShape options, const exports::ExportContext& context);
+/// `shape` with what the options of every export and the limits of its node say. Main loop.
+BlkShape complete(BlkShape shape, const json::object& options, bool writable, const block::Node& node);
 
 /// Which of `queues` have requests that are not answered, and how many: "2 of queue 0, 1 of queue 3". Null: a queue
 /// that was never used. Main loop.
