@@ -1,6 +1,8 @@
 #include "qmp/monitor.h"
 
 #include <fcntl.h>
+#include <poll.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,6 +15,17 @@
 #include "schema/options.h"
 
 namespace gantry::qmp {
+
+namespace {
+
+/// A client that waits, or -errno. Who waits with io_accept() on a socket that outlives him may take the waking of a
+/// client that comes after him; polls take none.
+int accept_now(int listener) {
+    const int fd = ::accept4(listener, nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    return fd < 0 ? -errno : fd;
+}
+
+}  // namespace
 
 /// A character device: listening sockets, or one connected pair of descriptors.
 struct Monitors::Chardev {
@@ -67,6 +80,7 @@ Task<Result<>> Monitors::open_socket(Chardev& chardev, const json::object& raw) 
     if (options.has("fd")) {
         CO_TRY(UniqueFd fd, services_->resolve_fd(options.str("fd")));
         CO_CHECK(check_listening_socket(fd.get()));
+        CO_CHECK(set_nonblocking(fd.get()));
         chardev.listeners.push_back(std::move(fd));
         server = true;
     } else if (options.has("path")) {
@@ -92,10 +106,15 @@ Task<Result<>> Monitors::open_socket(Chardev& chardev, const json::object& raw) 
     // Like the reference a server waits for its first client unless told not to.
     if (server && options.flag("wait", true)) {
         log::warn("chardev '{}': waiting for a connection; use wait=off to start without", chardev.id);
-        CancellableIo accept(io_accept(chardev.listeners.front().get()));
-        first_client_ = &accept;
-        int fd = co_await accept;
-        first_client_ = nullptr;
+        const int listener = chardev.listeners.front().get();
+        int fd = -EAGAIN;
+        while (fd == -EAGAIN) {
+            CancellableIo readable(io_poll(listener, POLLIN));
+            first_client_ = &readable;
+            const int events = co_await readable;
+            first_client_ = nullptr;
+            fd = events < 0 ? events : accept_now(listener);
+        }
         if (fd < 0) co_return fail_errno(-fd, "chardev '{}': accept", chardev.id);
         chardev.in.reset(fd);
     }
@@ -120,6 +139,7 @@ void Monitors::start_monitor(Chardev& chardev, bool pretty) {
 }
 
 void Monitors::add_listener(UniqueFd listener, std::string path) {
+    if (const Result<> set = set_nonblocking(listener.get()); !set) log::warn("monitor: {}", set.error().message());
     auto chardev = std::make_unique<Chardev>();
     chardev->id = fmt::format("#control{}", chardevs_.size());
     chardev->socket_file = SocketFile(std::move(path));
@@ -133,14 +153,12 @@ Task<void> Monitors::accept_loop(Chardev* chardev, int listener, bool pretty) {
     constexpr std::chrono::milliseconds kPauseWithoutDescriptors{100};
     while (clients_held_ && !stopping_) co_await clients_let_in_.wait();
     while (!stopping_) {
-        CancellableIo accept(io_accept(listener));
-        chardev->accepting.push_back(&accept);
-        int fd = co_await accept;
-        std::erase(chardev->accepting, &accept);
-        if (stopping_) {
-            if (fd >= 0) ::close(fd);
-            break;
-        }
+        CancellableIo readable(io_poll(listener, POLLIN));
+        chardev->accepting.push_back(&readable);
+        const int events = co_await readable;
+        std::erase(chardev->accepting, &readable);
+        if (stopping_) break;
+        const int fd = events < 0 ? events : accept_now(listener);
         if (fd >= 0) {
             log::debug("monitor: client connected peer={}", peer_name(fd));
             scope_.spawn(serve(UniqueFd(fd), UniqueFd(), pretty));

@@ -36,9 +36,10 @@ IoAwait io_fdatasync(int fd);
 IoAwait io_fallocate(int fd, int mode, uint64_t offset, uint64_t length);
 /// Sockets (non-blocking descriptors). recv: 0 = end of stream.
 IoAwait io_recv(int fd, void* data, size_t size, int flags = 0);
-IoAwait io_send(int fd, const void* data, size_t size, int flags = 0);              // MSG_NOSIGNAL is added
-IoAwait io_sendmsg(int fd, msghdr* msg, int flags = 0);                             // MSG_NOSIGNAL is added
-IoAwait io_recvmsg(int fd, msghdr* msg, int flags = 0);                             // MSG_CMSG_CLOEXEC is added
+IoAwait io_send(int fd, const void* data, size_t size, int flags = 0);  // MSG_NOSIGNAL is added
+IoAwait io_sendmsg(int fd, msghdr* msg, int flags = 0);                 // MSG_NOSIGNAL is added
+IoAwait io_recvmsg(int fd, msghdr* msg, int flags = 0);                 // MSG_CMSG_CLOEXEC is added
+/// A ring waits exclusively, and for a while after its process was killed: sockets that outlive it are polled instead.
 IoAwait io_accept(int fd, sockaddr* addr = nullptr, socklen_t* addrlen = nullptr);  // SOCK_CLOEXEC | SOCK_NONBLOCK
 IoAwait io_connect(int fd, const sockaddr* addr, socklen_t len);
 /// Waits for POLLIN/POLLOUT/...; the result is the events that hold.
