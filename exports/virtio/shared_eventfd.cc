@@ -34,9 +34,8 @@ class Raiser {
         }
         if (usable()) return;
         log::warn(
-            "asynchronous I/O cannot be set up ({}; see /proc/sys/fs/aio-max-nr): a front end that wants to can make "
-            "its "
-            "export and those on the same thread hang",
+            "a front end that fills its eventfd can make its export and others of the thread hang: asynchronous I/O "
+            "cannot be set up ({}; see /proc/sys/fs/aio-max-nr)",
             errno_text(errno));
     }
     Raiser(const Raiser&) = delete;
