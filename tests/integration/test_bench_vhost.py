@@ -11,7 +11,7 @@ import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
-from gantry_test import wait_for
+from gantry_test import listening, wait_for
 from generator_case import MIB, GeneratorCase, Liar, main
 
 VERSION_1, PROTOCOL = 1 << 32, 1 << 30
@@ -52,10 +52,10 @@ class VhostGenerator(GeneratorCase):
         self.addCleanup(process.wait)
         self.addCleanup(process.terminate)
 
-        def listening():
+        def ready():
             self.assertIsNone(process.poll(), "the server has ended")
-            return os.path.exists(self.socket)
-        wait_for(listening, "the server's socket")
+            return listening(self.socket)
+        wait_for(ready, "the server's socket")
 
     def test_numbers_agree_with_each_other(self):
         self.serve("driver=null-co,node-name=disk,size=16777216,read-zeroes=on")

@@ -326,7 +326,7 @@ class Background(gt.Case):
                                         "--monitor", "c", "--pidfile", self.path("pid")], stderr=err, stdout=err)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
-        gt.wait_for(lambda: os.path.exists(path), "the socket")
+        gt.wait_for(lambda: gt.listening(path), "the socket")
         self.assertFalse(os.path.exists(self.path("pid")))
         q = gt.wait_for(lambda: self.connect(path), "a connection")
         self.assertTrue(os.path.exists(self.path("pid")) or not gt.IS_GANTRY)

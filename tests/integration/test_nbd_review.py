@@ -15,7 +15,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 import gantry_test
 import nbd_raw as nbd
-from gantry_test import GANTRYD, KIB, MIB, Case, require_gantry, wait_for
+from gantry_test import GANTRYD, KIB, MIB, Case, listening, require_gantry, wait_for
 from nbd_raw import Raw
 
 
@@ -101,7 +101,7 @@ class End(Case):
         process = subprocess.Popen([GANTRYD, "--chardev", f"socket,id=q,path={path},server=on", "--monitor", "chardev=q"],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.addCleanup(process.kill)
-        wait_for(lambda: os.path.exists(path), "the socket")
+        wait_for(lambda: listening(path), "the socket")
         process.send_signal(signal.SIGTERM)
         self.assertEqual(process.wait(20), 0)
         self.assertFalse(os.path.exists(path))

@@ -252,7 +252,7 @@ class Service(gt.Case):
                                     *self.exports(address="addr.type=fd,addr.str=nbd")], stderr=subprocess.DEVNULL)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
-        gt.wait_for(lambda: os.path.exists(self.path("qmp")), "the sockets")
+        gt.wait_for(lambda: gt.listening(self.path("qmp")), "the sockets")
         self.assertEqual(self.size("e0"), f"{gt.GIB}\n")
         gt.Qmp(self.path("qmp")).cmd("quit")
         self.assertEqual(process.wait(gt.DEADLINE), 0)

@@ -16,7 +16,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-from gantry_test import BUILD, ROOT, Qmp, missing, require, wait_for
+from gantry_test import BUILD, ROOT, Qmp, listening, missing, require, wait_for
 
 SOURCE = ROOT / "tests" / "guest"
 MODULES = ("virtio_pci", "virtio_blk")
@@ -161,7 +161,7 @@ class Guest:
     def qmp(self):
         """qemu's monitor."""
         if not self.monitor:
-            wait_for(lambda: os.path.exists(self.qmp_path), "qemu's monitor")
+            wait_for(lambda: listening(self.qmp_path), "qemu's monitor")
             self.monitor = Qmp(self.qmp_path)
         return self.monitor
 
@@ -170,7 +170,7 @@ class Guest:
         door = os.path.join(directory, "incoming")
         other = Guest(directory, disks, incoming=door)
         try:
-            wait_for(lambda: os.path.exists(door), "the qemu that the guest goes to")
+            wait_for(lambda: listening(door), "the qemu that the guest goes to")
             self.qmp().cmd("migrate", uri=f"unix:{door}")
             status = wait_for(self.migration_result, "the migration", BOOT_DEADLINE)
             if status != "completed":

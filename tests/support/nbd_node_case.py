@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 
 import gantry_test
-from gantry_test import Case, Daemon, libnbd, require, wait_for
+from gantry_test import Case, Daemon, libnbd, listening, require, wait_for
 
 
 class NodeCase(Case):
@@ -36,7 +36,7 @@ class NodeCase(Case):
             if port:
                 with socket.socket() as probe:
                     return probe.connect_ex(("127.0.0.1", port)) == 0
-            return os.path.exists(socket_path)
+            return listening(socket_path)
         wait_for(ready, command[0])
         return process
 
