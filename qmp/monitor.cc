@@ -25,6 +25,9 @@ int accept_now(int listener) {
     return fd < 0 ? -errno : fd;
 }
 
+/// Whoever was there has left, or went to somebody else who has the socket.
+bool is_gone(int error) { return error == -EAGAIN || error == -EINTR || error == -ECONNABORTED || error == -EPROTO; }
+
 }  // namespace
 
 /// A character device: listening sockets, or one connected pair of descriptors.
@@ -108,12 +111,12 @@ Task<Result<>> Monitors::open_socket(Chardev& chardev, const json::object& raw) 
         log::warn("chardev '{}': waiting for a connection; use wait=off to start without", chardev.id);
         const int listener = chardev.listeners.front().get();
         int fd = -EAGAIN;
-        while (fd == -EAGAIN) {
+        while (is_gone(fd)) {
             CancellableIo readable(io_poll(listener, POLLIN));
             first_client_ = &readable;
             const int events = co_await readable;
             first_client_ = nullptr;
-            fd = events < 0 ? events : accept_now(listener);
+            fd = waits_no_more_ ? -ECANCELED : events < 0 ? events : accept_now(listener);
         }
         if (fd < 0) co_return fail_errno(-fd, "chardev '{}': accept", chardev.id);
         chardev.in.reset(fd);
@@ -150,7 +153,7 @@ void Monitors::add_listener(UniqueFd listener, std::string path) {
 }
 
 Task<void> Monitors::accept_loop(Chardev* chardev, int listener, bool pretty) {
-    constexpr std::chrono::milliseconds kPauseWithoutDescriptors{100};
+    constexpr std::chrono::milliseconds kPause{100};  // without descriptors or memory for one more
     while (clients_held_ && !stopping_) co_await clients_let_in_.wait();
     while (!stopping_) {
         CancellableIo readable(io_poll(listener, POLLIN));
@@ -162,10 +165,10 @@ Task<void> Monitors::accept_loop(Chardev* chardev, int listener, bool pretty) {
         if (fd >= 0) {
             log::debug("monitor: client connected peer={}", peer_name(fd));
             scope_.spawn(serve(UniqueFd(fd), UniqueFd(), pretty));
-        } else if (fd == -EMFILE || fd == -ENFILE || fd == -ENOMEM || fd == -ENOBUFS) {
-            co_await sleep_for(kPauseWithoutDescriptors);
         } else if (fd == -EINVAL || fd == -EBADF || fd == -ECANCELED) {
             break;
+        } else if (!is_gone(fd)) {
+            co_await sleep_for(kPause);
         }
     }
 }
@@ -209,6 +212,7 @@ Task<void> Monitors::commands_done() {
 }
 
 void Monitors::stop_waiting() {
+    waits_no_more_ = true;
     if (first_client_) first_client_->cancel();
 }
 

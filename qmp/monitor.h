@@ -68,6 +68,7 @@ class Monitors {
     std::map<std::string, std::unique_ptr<Chardev>, std::less<>> chardevs_;
     std::vector<Session*> sessions_;
     TaskScope scope_;
+    bool waits_no_more_ = false;
     CancellableIo* first_client_ = nullptr;  // while add_chardev() waits for one
     WaitQueue command_done_;
     WaitQueue clients_let_in_;
