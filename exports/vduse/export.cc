@@ -139,6 +139,9 @@ Task<Result<>> VduseExport::go_on(DeviceShape described) {
                        "process, and cannot be taken over: {}; 'vdpa dev del {}' detaches it",
                        options_.name, started.error().message(), options_.name);
     }
+    // The size may have changed meanwhile.
+    const virtio::BlkDevice::Config now = blk_->config();
+    described.config = now;
     CO_CHECK(device_->describe(described));
     [[maybe_unused]] const Result<bool> injected = device_->inject_config_irq();
     status_ = kDriverOk;

@@ -165,13 +165,14 @@ Task<Result<>> Queues::make_queue(uint32_t index) {
 /// Sets `ring.base`, which counts where nothing is noted of the queue. False: it is not to be started.
 Result<bool> Queues::find_place(uint32_t index, Begin begin, FoundRing& ring) const {
     if (begin == Begin::kFresh || (file_ && file_->in_use(index))) return true;
-    if (begin == Begin::kAgain && (inherited_ || is_untouched(ring))) return true;
+    const bool forgotten = file_ && file_->forgotten(index);
+    if (begin == Begin::kAgain && (forgotten || is_untouched(ring))) return true;
     if (const auto idle = place_of_idle(ring)) {
         ring.base = *idle;
         return true;
     }
     // What the record knows no more was being reset, and that is asked for again.
-    if (begin == Begin::kTakeOver && inherited_) return false;
+    if (begin == Begin::kTakeOver && forgotten) return false;
     return fail(
         ErrorKind::kBusy,
         "queue {}: requests may be in flight that a process before this one has taken, and nobody has kept which",
@@ -231,21 +232,30 @@ Task<uint32_t> Queues::stop_one(uint32_t index) {
     co_return base;
 }
 
+/// Takes over what a process before this one has noted of the rings, when they are such that it can be used: what is
+/// taken is handed out once.
+Result<> Queues::inherit(bool packed) {
+    for (uint32_t i = 0; i < queues_.size(); ++i)
+        CHECK_OK(find_ring(device_, iotlb_, i, features_, service_.device().shape().queue_size));
+    TRY(file_, record_.inherit(packed));
+    return {};
+}
+
 Task<Result<>> Queues::start(uint64_t features, Begin begin) {
     const bool packed = (features & virtio::kRingPacked) != 0;
     features_ = features;
     running_ = true;
-    file_ = begin == Begin::kFresh ? nullptr : record_.inherit(packed);
-    inherited_ = file_ != nullptr;
-    if (!file_) file_ = record_.begin(packed);
+    Result<> started;
+    if (begin != Begin::kFresh) started = inherit(packed);
+    const bool inherited = file_ != nullptr;
+    if (started && !inherited) file_ = record_.begin(packed);
     for (auto& owed : owed_->flags) owed = false;
-    for (uint32_t i = 0; i < queues_.size(); ++i) {
-        Result<> started = co_await start_one(i, begin, std::nullopt);
-        if (started) continue;
-        co_await stop();
-        co_return started;
-    }
-    co_return Result<>();
+    for (uint32_t i = 0; started && i < queues_.size(); ++i) started = co_await start_one(i, begin, std::nullopt);
+    if (started) co_return Result<>();
+    co_await stop();
+    // An empty one would say to the next process that nothing was in flight.
+    if (begin != Begin::kFresh && !inherited && record_.kept()) record_.drop();
+    co_return started;
 }
 
 Task<Positions> Queues::stop() {

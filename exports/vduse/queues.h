@@ -74,6 +74,7 @@ class Queues {
         bool started = false;
         std::string fault;
     };
+    Result<> inherit(bool packed);
     Task<Result<>> start_one(uint32_t index, Begin begin, std::optional<uint32_t> base);
     Result<bool> find_place(uint32_t index, Begin begin, FoundRing& ring) const;
     Task<uint32_t> stop_one(uint32_t index);
@@ -90,7 +91,6 @@ class Queues {
     Iotlb iotlb_;
     std::vector<Queue> queues_;
     std::shared_ptr<virtio::InflightFile> file_;
-    bool inherited_ = false;  // by a process before this one
     uint64_t features_ = 0;
     bool running_ = false;
     std::shared_ptr<Owed> owed_;

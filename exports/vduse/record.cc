@@ -17,25 +17,22 @@ constexpr std::string_view kNamePrefix = "vduse-";
 Record::Record(exports::Keeper* keeper, const std::string& export_id, uint16_t queues, uint16_t queue_size)
     : keeper_(keeper), name_(std::string(kNamePrefix) + export_id), queues_(queues), queue_size_(queue_size) {}
 
-std::shared_ptr<virtio::InflightFile> Record::inherit(bool packed) {
-    if (!keeper_) return nullptr;
-    std::vector<UniqueFd> left = keeper_->take(name_);
+Result<std::shared_ptr<virtio::InflightFile>> Record::inherit(bool packed) {
+    const std::vector<int> left = keeper_ ? keeper_->look(name_) : std::vector<int>();
     if (left.empty()) return nullptr;
+    const uint64_t size = virtio::InflightFile::size_of(queues_, queue_size_, packed);
     struct stat st{};
-    if (left.size() == 1 && ::fstat(left.front().get(), &st) == 0 && S_ISREG(st.st_mode) && st.st_size > 0) {
-        auto file = virtio::InflightFile::adopt(std::move(left.front()), 0, static_cast<uint64_t>(st.st_size), queues_,
-                                                queue_size_, packed);
-        if (file) {
-            file_ = std::move(*file);
-            inherited_ = true;
-            return file_;
-        }
-        log::warn("'{}' is of no use: {}", name_, file.error().message());
-    } else {
-        log::warn("'{}' is of no use: it is not one file", name_);
+    if (left.size() != 1 || ::fstat(left.front(), &st) != 0 || !S_ISREG(st.st_mode) ||
+        static_cast<uint64_t>(st.st_size) != size) {
+        return fail(ErrorKind::kInvalid,
+                    "'{}', what was kept of its requests in flight, is not of {} queue(s) of {} descriptors", name_,
+                    queues_, queue_size_);
     }
-    keeper_->drop(name_);
-    return nullptr;
+    std::vector<UniqueFd> taken = keeper_->take(name_);
+    if (taken.size() != 1) return nullptr;
+    TRY(file_, virtio::InflightFile::adopt(std::move(taken.front()), 0, size, queues_, queue_size_, packed));
+    inherited_ = true;
+    return file_;
 }
 
 std::shared_ptr<virtio::InflightFile> Record::begin(bool packed) {

@@ -18,8 +18,9 @@ class Record {
     /// `keeper`: null for none.
     Record(exports::Keeper* keeper, const std::string& export_id, uint16_t queues, uint16_t queue_size);
 
-    /// What a process before this one has left for rings of this kind, if there is any; once. Untrusted.
-    std::shared_ptr<virtio::InflightFile> inherit(bool packed);
+    /// What a process before this one has left for rings of this kind; once; null: nothing. Untrusted. kInvalid when it
+    /// is of other rings: it stays where it is, for a process that fits it.
+    Result<std::shared_ptr<virtio::InflightFile>> inherit(bool packed);
     /// An empty one, for rings that begin. Null, with why_not(), when nobody keeps it.
     std::shared_ptr<virtio::InflightFile> begin(bool packed);
     /// Of the rings that run, or ran last; null: nobody keeps it.

@@ -17,6 +17,8 @@ namespace {
 constexpr uint64_t kRegionAlign = 64;
 /// Where both layouts have their version; 0: not set up.
 constexpr uint64_t kVersion = 8;
+/// And the number of descriptors; 0: never set up.
+constexpr uint64_t kDescriptors = 10;
 
 uint64_t region_bytes(uint16_t queue_size, bool packed) {
     const uint64_t bytes = packed ? PackedInflight::kHeaderBytes + PackedInflight::kEntryBytes * queue_size
@@ -36,7 +38,7 @@ Result<> check(uint16_t queues, uint16_t queue_size) {
 
 Result<std::shared_ptr<InflightFile>> InflightFile::create(uint16_t queues, uint16_t queue_size, bool packed) {
     CHECK_OK(check(queues, queue_size));
-    const uint64_t size = queues * region_bytes(queue_size, packed);
+    const uint64_t size = size_of(queues, queue_size, packed);
     UniqueFd fd(::memfd_create("gantry-inflight", MFD_CLOEXEC | MFD_ALLOW_SEALING));
     if (!fd) return fail_errno(errno, "making a file for the inflight region");
     if (::ftruncate(fd.get(), static_cast<off_t>(size)) != 0 ||
@@ -48,7 +50,7 @@ Result<std::shared_ptr<InflightFile>> InflightFile::create(uint16_t queues, uint
 Result<std::shared_ptr<InflightFile>> InflightFile::adopt(UniqueFd fd, uint64_t offset, uint64_t size, uint16_t queues,
                                                           uint16_t queue_size, bool packed) {
     CHECK_OK(check(queues, queue_size));
-    const uint64_t needed = queues * region_bytes(queue_size, packed);
+    const uint64_t needed = size_of(queues, queue_size, packed);
     if (size < needed)
         return fail(ErrorKind::kInvalid, "an inflight region of {} bytes; {} queues of {} descriptors need {}", size,
                     queues, queue_size, needed);
@@ -67,6 +69,10 @@ Result<std::shared_ptr<InflightFile>> InflightFile::adopt(UniqueFd fd, uint64_t 
     return file;
 }
 
+uint64_t InflightFile::size_of(uint16_t queues, uint16_t queue_size, bool packed) {
+    return queues * region_bytes(queue_size, packed);
+}
+
 std::byte* InflightFile::region(size_t queue) const {
     return queue < queues_ ? mapping_->data() + queue * region_bytes(queue_size_, packed_) : nullptr;
 }
@@ -78,6 +84,11 @@ void InflightFile::forget(size_t queue) const {
 bool InflightFile::in_use(size_t queue) const {
     const std::byte* const at = region(queue);
     return at && load<uint16_t>(at + kVersion) != 0;
+}
+
+bool InflightFile::forgotten(size_t queue) const {
+    const std::byte* const at = region(queue);
+    return at && load<uint16_t>(at + kVersion) == 0 && load<uint16_t>(at + kDescriptors) != 0;
 }
 
 }  // namespace gantry::virtio

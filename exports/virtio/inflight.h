@@ -34,6 +34,10 @@ class InflightFile {
     void forget(size_t queue) const;
     /// Whether a ring has begun to use it (and nothing was forgotten since).
     bool in_use(size_t queue) const;
+    /// Whether a ring had begun to use it, and forget() came after that.
+    bool forgotten(size_t queue) const;
+    /// Bytes that create() makes for these.
+    static uint64_t size_of(uint16_t queues, uint16_t queue_size, bool packed);
     const std::shared_ptr<Mapping>& mapping() const { return mapping_; }
 
   private:

@@ -193,7 +193,13 @@ class HeldFiles final : public exports::Keeper {
         }
         return fds;
     }
-    std::vector<int> look(std::string_view) const override { return {}; }
+    std::vector<int> look(std::string_view name) const override {
+        std::vector<int> fds;
+        if (const auto it = left_.find(std::string(name)); it != left_.end()) {
+            for (const UniqueFd& fd : it->second) fds.push_back(fd.get());
+        }
+        return fds;
+    }
     std::vector<std::string> waiting() const override {
         std::vector<std::string> names;
         for (const auto& [name, fds] : left_) names.push_back(name);
