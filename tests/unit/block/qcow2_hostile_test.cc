@@ -185,7 +185,7 @@ TEST_CASE("qcow2: a disk as large as can be needs no more cache than any", "[qco
 }
 
 TEST_CASE("qcow2 check: clusters at far ends of a sparse file cost what they are, not what lies between",
-          "[qcow2][check][memory][once]") {
+          "[qcow2][check][memory][once][long]") {
     if (!CheckFixture::has_tool("qemu-img")) SKIP_TEST("no qemu-img");
     CheckFixture f;
     f.create("a", "cluster_size=512", "1M");

@@ -462,7 +462,7 @@ struct CrashRun {
 }  // namespace
 
 TEST_CASE("qcow2: a power cut at any write of refcounts leaves every reference counted",
-          "[qcow2][refcounts][crash][once]") {
+          "[qcow2][refcounts][crash][once][long]") {
     const uint32_t order = GENERATE(3u, 6u);
     const uint64_t cache = GENERATE(uint64_t{0}, uint64_t{1} << 20);
     const unsigned seed = GENERATE(1u, 2u, 3u);
