@@ -153,12 +153,13 @@ class RealGuest(gt.Case):
         self.assertEqual(self.outside(SIZE + 4 * MIB, 4 * MIB), pattern(SIZE + 4 * MIB, 4 * MIB, 7))
 
     def paused_and_continued(self):
-        job = self.guest.start(f"disk random /dev/vda {20 * MIB} {4 * MIB} 1.5 2 7 /tmp/paused")
         for _ in range(3):
-            self.wait_for_writes("vda")
+            before = self.written("vda")
+            job = self.guest.start(f"disk random /dev/vda {20 * MIB} {4 * MIB} 0.5 2 7 /tmp/paused")
+            self.wait_for_writes("vda", before)
             self.guest.qmp().cmd("stop")
             self.guest.qmp().cmd("cont")
-        self.guest.finish(job)
+            self.guest.finish(job)
         self.assertNotIn("I/O error", self.guest.kernel_log())
 
     def daemon_killed_under_load(self):
@@ -175,12 +176,13 @@ class RealGuest(gt.Case):
             self.states[name] = self.guest.fetch(f"/tmp/{name}")
         self.assertNotIn("I/O error", self.guest.kernel_log())
 
-    def wait_for_writes(self, disk):
-        """Until the guest has written some more, since now."""
-        def written():
-            return int(self.in_sysfs(f"{disk}/stat").split()[4])
-        before = written()
-        gt.wait_for(lambda: written() > before + 200, f"writes of {disk}")
+    def written(self, disk):
+        return int(self.in_sysfs(f"{disk}/stat").split()[4])
+
+    def wait_for_writes(self, disk, before=None):
+        """Until the guest has written some more, since now or since written() was `before`."""
+        before = self.written(disk) if before is None else before
+        gt.wait_for(lambda: self.written(disk) > before + 20, f"writes of {disk}")
 
     # From outside
 
